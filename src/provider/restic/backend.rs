@@ -1,0 +1,197 @@
+//! What stands between rustic and the place where the repository is.
+//!
+//! Three things are added to rustic's backends:
+//!
+//! - A snapshot file is *held back* until [`super::verify`] has read the stored trees again. Killed before that, nothing of
+//!   the backup can be listed; there is no moment at which an incomplete archive exists.
+//! - In a local repository the directory is synced after the file that was renamed into it, so that the order pack → index
+//!   → snapshot also holds across a power loss. (rustic syncs files, but no directories.)
+//! - The first failed write ends the source: rustic on its own would read everything to the end before it tells.
+
+use super::{error::Secrets, source::Progress};
+use crate::provider::ErrorKind;
+use rustic_core::{
+    BytesList, ErrorKind as RusticKind, FileType, Id, ReadBackend, RusticError, RusticResult, WriteBackend,
+};
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+/// A snapshot file that rustic believes to be written.
+pub(super) struct HeldSnapshot {
+    id: Id,
+    content: BytesList,
+}
+
+#[derive(Default)]
+enum Mode {
+    #[default]
+    Through,
+    Backup {
+        progress: Arc<Progress>,
+        held: Option<HeldSnapshot>,
+    },
+}
+
+/// rustic's backend with the additions above.
+pub(super) struct GuardedBackend {
+    inner: Arc<dyn WriteBackend>,
+    local: Option<PathBuf>,
+    secrets: Secrets,
+    mode: Mutex<Mode>,
+}
+
+impl GuardedBackend {
+    pub(super) fn new(inner: Arc<dyn WriteBackend>, local: Option<PathBuf>, secrets: Secrets) -> Self {
+        Self { inner, local, secrets, mode: Mutex::default() }
+    }
+
+    /// From now on a snapshot is held back, and a failure is recorded in `progress`.
+    pub(super) fn begin_backup(&self, progress: Arc<Progress>) {
+        *self.mode.lock().unwrap_or_else(PoisonError::into_inner) = Mode::Backup { progress, held: None };
+    }
+
+    /// Ends what [`Self::begin_backup`] began. Returns the snapshot, if rustic came as far as to write it.
+    pub(super) fn end_backup(&self) -> Option<HeldSnapshot> {
+        match std::mem::take(&mut *self.mode.lock().unwrap_or_else(PoisonError::into_inner)) {
+            Mode::Backup { held, .. } => held,
+            Mode::Through => None,
+        }
+    }
+
+    /// Makes a held snapshot visible, and durable.
+    pub(super) fn release(&self, snapshot: HeldSnapshot) -> RusticResult<()> {
+        self.write_bytes(FileType::Snapshot, &snapshot.id, false, snapshot.content)
+    }
+
+    /// Makes the directories of a new local repository durable.
+    fn sync_all(&self) -> RusticResult<()> {
+        let Some(root) = &self.local else { return Ok(()) };
+        let sync = || -> std::io::Result<()> {
+            nix::unistd::syncfs(File::open(root)?).map_err(std::io::Error::from)?;
+            sync_directory(root.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+        };
+        sync().map_err(|error| not_durable(root, error))
+    }
+}
+
+/// The end of the SSH connections. opendal closes them by a task of its own when the backend is gone, which takes `ssh -O
+/// exit`; a process that ends before leaves `ssh` running for good. To be dropped after everything that uses the backend.
+pub(super) struct Farewell(Weak<GuardedBackend>);
+
+impl Farewell {
+    pub(super) fn new(backend: &Arc<GuardedBackend>) -> Self {
+        Self(Arc::downgrade(backend))
+    }
+}
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        // rustic's worker threads may hold on to it a moment longer than we do.
+        let end = Instant::now() + Duration::from_secs(2);
+        while self.0.strong_count() > 0 && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
+impl HeldSnapshot {
+    pub(super) fn id(&self) -> Id {
+        self.id
+    }
+}
+
+fn sync_directory(path: &Path) -> std::io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+fn not_durable(path: &Path, error: std::io::Error) -> Box<RusticError> {
+    RusticError::with_source(RusticKind::InputOutput, "directory `{path}` cannot be synced", error)
+        .attach_context("path", path.display().to_string())
+}
+
+impl ReadBackend for GuardedBackend {
+    fn location(&self) -> String {
+        self.inner.location()
+    }
+
+    fn list_with_size(&self, tpe: FileType) -> RusticResult<Vec<(Id, u32)>> {
+        self.inner.list_with_size(tpe)
+    }
+
+    fn list(&self, tpe: FileType) -> RusticResult<Vec<Id>> {
+        self.inner.list(tpe)
+    }
+
+    fn read_full(&self, tpe: FileType, id: &Id) -> RusticResult<bytes::Bytes> {
+        self.inner.read_full(tpe, id)
+    }
+
+    fn read_partial(
+        &self,
+        tpe: FileType,
+        id: &Id,
+        cacheable: bool,
+        offset: u32,
+        length: u32,
+    ) -> RusticResult<bytes::Bytes> {
+        self.inner.read_partial(tpe, id, cacheable, offset, length)
+    }
+
+    fn warmup_path(&self, tpe: FileType, id: &Id) -> String {
+        self.inner.warmup_path(tpe, id)
+    }
+
+    fn needs_warm_up(&self) -> bool {
+        self.inner.needs_warm_up()
+    }
+
+    fn warm_up(&self, tpe: FileType, id: &Id) -> RusticResult<()> {
+        self.inner.warm_up(tpe, id)
+    }
+}
+
+impl WriteBackend for GuardedBackend {
+    fn create(&self) -> RusticResult<()> {
+        self.inner.create()?;
+        self.sync_all()
+    }
+
+    fn write_bytes(&self, tpe: FileType, id: &Id, cacheable: bool, content: BytesList) -> RusticResult<()> {
+        let progress = match &mut *self.mode.lock().unwrap_or_else(PoisonError::into_inner) {
+            Mode::Through => None,
+            Mode::Backup { progress, held } => {
+                if tpe == FileType::Snapshot {
+                    if progress.is_stopped() {
+                        return Err(RusticError::new(RusticKind::InputOutput, "the backup has failed before"));
+                    }
+                    *held = Some(HeldSnapshot { id: *id, content });
+                    return Ok(());
+                }
+                Some(Arc::clone(progress))
+            }
+        };
+        let written = self.inner.write_bytes(tpe, id, cacheable, content).and_then(|()| {
+            let Some(root) = &self.local else { return Ok(()) };
+            let directory = match tpe {
+                FileType::Config => root.clone(),
+                FileType::Pack => root.join("data").join(&id.to_hex()[0..2]),
+                _ => root.join(tpe.dirname()),
+            };
+            sync_directory(&directory).map_err(|error| not_durable(&directory, error))
+        });
+        if let (Err(error), Some(progress)) = (&written, progress) {
+            let message = "the repository cannot be written";
+            progress.stop(super::error::wrap(&self.secrets, ErrorKind::Other, message, error));
+        }
+        written
+    }
+
+    fn remove(&self, tpe: FileType, id: &Id, cacheable: bool) -> RusticResult<()> {
+        self.inner.remove(tpe, id, cacheable)
+    }
+}
