@@ -1,0 +1,242 @@
+//! A snapshot access's export as an image: what changed can be read, and given away by punching holes.
+
+use super::{
+    image::{Caching, Find, Image, ImageError, Punch},
+    ranges::Ranges,
+};
+use crate::{
+    extent::{Extent, Extents},
+    nbd::{Client, NbdError},
+    segment::Content,
+};
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use std::sync::{
+    Mutex, PoisonError,
+    atomic::{AtomicUsize, Ordering},
+};
+use tokio::task::JoinSet;
+
+/// Holes that wait for their neighbours until clusters are complete. When there are more they are forgotten, which costs space in
+/// the fleecing image.
+const MOST_WAITING: usize = 1 << 16;
+
+/// What is particular about an export.
+#[derive(Clone, Copy, Debug)]
+pub struct ExportOptions {
+    /// What discards have to be aligned to, bytes: [`crate::access::DiskAccess::granularity`], 64 KiB at least. QEMU 7.2
+    /// aborts when asked for part of a cluster.
+    pub grain: u64,
+    /// [`crate::access::DiskAccess::largest_request`]; the clients have it as [`crate::nbd::ConnectOptions::longest_read`].
+    pub largest_request: Option<u32>,
+}
+
+/// A disk of a snapshot access.
+pub struct ExportImage {
+    name: String,
+    content: Extents<Content>,
+    clients: Vec<Client>,
+    next: AtomicUsize,
+    options: ExportOptions,
+    punched: Mutex<Punched>,
+}
+
+#[derive(Default)]
+struct Punched {
+    /// As asked for.
+    asked: Ranges,
+    /// Whole clusters, which QEMU has been told about: they cannot be read any more.
+    discarded: Ranges,
+}
+
+impl ExportImage {
+    /// Shows the disk `name` that `clients` are connected to. What `content` says is clean is refused, what it says is zero is
+    /// not read.
+    pub fn new(name: String, content: Extents<Content>, clients: Vec<Client>, options: ExportOptions) -> Self {
+        let options = ExportOptions { grain: options.grain.max(1), ..options };
+        Self { name, content, clients, next: AtomicUsize::new(0), options, punched: Mutex::default() }
+    }
+
+    /// The extents from the one that has `offset` on.
+    fn from(&self, offset: u64) -> &[Extent<Content>] {
+        let extents = self.content.iter().as_slice();
+        &extents[extents.partition_point(|extent| extent.end() <= offset)..]
+    }
+
+    /// How far from `offset` on, at most to `end`, the disk can be read.
+    fn readable_until(&self, offset: u64, end: u64) -> Result<u64, ImageError> {
+        let mut until = end;
+        for extent in self.from(offset) {
+            if extent.offset >= end {
+                break;
+            }
+            if extent.state == Content::Clean {
+                until = extent.offset;
+                break;
+            }
+        }
+        if until <= offset {
+            return Err(ImageError::Clean(offset));
+        }
+        let punched = self.punched.lock().unwrap_or_else(PoisonError::into_inner);
+        if punched.discarded.end_at(offset).is_some() {
+            return Err(ImageError::Discarded(offset));
+        }
+        Ok(punched.discarded.start_from(offset).map_or(until, |start| until.min(start)))
+    }
+
+    /// The parts of `offset..end` that have to be read, as they may be asked for.
+    fn parts(&self, offset: u64, end: u64) -> Vec<(u64, u64)> {
+        let mut parts = Vec::new();
+        for extent in self.from(offset) {
+            let (mut start, stop) = (extent.offset.max(offset), extent.end().min(end));
+            if start >= stop {
+                break;
+            }
+            if extent.state != Content::Data {
+                continue;
+            }
+            if let Some(largest) = self.options.largest_request.map(u64::from).filter(|largest| *largest > 0) {
+                // The client cuts reads into pieces of this length, from their beginning on.
+                let border = start.next_multiple_of(largest).min(stop);
+                if border > start {
+                    parts.push((start, border));
+                    start = border;
+                }
+            }
+            if start < stop {
+                parts.push((start, stop));
+            }
+        }
+        parts
+    }
+
+    /// The connections, a different one first every time; a lost one is passed over.
+    fn clients(&self) -> Vec<Client> {
+        let count = self.clients.len();
+        let first = self.next.fetch_add(1, Ordering::Relaxed);
+        (0..count).map(|n| self.clients[first.wrapping_add(n) % count].clone()).collect()
+    }
+}
+
+/// Reads `start..end` over the first connection that lives.
+async fn read_part(clients: Vec<Client>, start: u64, end: u64) -> Result<Bytes, ImageError> {
+    let mut lost = ImageError::Died;
+    for client in clients {
+        let block = u64::from(client.info().min_block.max(1));
+        let from = start / block * block;
+        let to = end.next_multiple_of(block).min(client.size());
+        match client.read(from, BytesMut::zeroed((to - from) as usize)).await {
+            Ok((bytes, _)) => return Ok(bytes.freeze().slice((start - from) as usize..(end - from) as usize)),
+            Err(error) if error.is_fatal() && !matches!(error, NbdError::TimedOut { .. }) => lost = error.into(),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(lost)
+}
+
+#[async_trait]
+impl Image for ExportImage {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn size(&self) -> u64 {
+        self.content.size()
+    }
+
+    fn data_bytes(&self) -> u64 {
+        self.content.bytes_where(|content| content == Content::Data)
+    }
+
+    fn caching(&self) -> Caching {
+        // The kernel would read ahead into what cannot be read, and cut a file short where a read is.
+        Caching::Direct
+    }
+
+    fn punching(&self) -> Punch {
+        if self.clients.iter().all(Client::can_trim) { Punch::Offered } else { Punch::Refused }
+    }
+
+    async fn read(&self, offset: u64, len: usize) -> Result<Bytes, ImageError> {
+        let end = self.readable_until(offset, offset + len as u64)?;
+        let parts = self.parts(offset, end);
+        if let [(start, stop)] = parts[..]
+            && (start, stop) == (offset, end)
+        {
+            return read_part(self.clients(), start, stop).await;
+        }
+        let mut whole = BytesMut::zeroed((end - offset) as usize);
+        let mut wanted = JoinSet::new();
+        for (start, stop) in parts {
+            let clients = self.clients();
+            wanted.spawn(async move { (start, read_part(clients, start, stop).await) });
+        }
+        while let Some(read) = wanted.join_next().await {
+            let (start, bytes) = read.map_err(|_| ImageError::Died)?;
+            let (at, bytes) = ((start - offset) as usize, bytes?);
+            whole[at..at + bytes.len()].copy_from_slice(&bytes);
+        }
+        Ok(whole.freeze())
+    }
+
+    async fn punch(&self, offset: u64, len: u64) -> Result<(), ImageError> {
+        let (grain, size, end) = (self.options.grain, self.size(), offset + len);
+        let (start, end) = {
+            let mut punched = self.punched.lock().unwrap_or_else(PoisonError::into_inner);
+            let (first, last) = punched.asked.insert(offset, end);
+            if punched.asked.len() > MOST_WAITING {
+                punched.asked.clear();
+            }
+            // The clusters that this hole touches and that are complete now, with the holes beside it. The disk's last cluster
+            // may be short.
+            let start = first.next_multiple_of(grain).max(offset / grain * grain);
+            let whole = if last == size { size } else { last / grain * grain };
+            let end = whole.min(end.next_multiple_of(grain));
+            if start >= end {
+                return Ok(());
+            }
+            punched.discarded.insert(start, end);
+            (start, end)
+        };
+        let mut lost = ImageError::Died;
+        for client in self.clients() {
+            match client.trim(start, end - start).await {
+                Ok(()) => return Ok(()),
+                Err(error) if error.is_fatal() && !matches!(error, NbdError::TimedOut { .. }) => lost = error.into(),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(lost)
+    }
+
+    fn find(&self, offset: u64, what: Find) -> Option<u64> {
+        let punched = self.punched.lock().unwrap_or_else(PoisonError::into_inner);
+        for extent in self.from(offset) {
+            let (mut at, end) = (extent.offset.max(offset), extent.end());
+            if extent.state != Content::Data {
+                if what == Find::Hole {
+                    return Some(at);
+                }
+                continue;
+            }
+            match what {
+                Find::Data => {
+                    while let Some(behind) = punched.discarded.end_at(at) {
+                        at = behind;
+                    }
+                    if at < end {
+                        return Some(at);
+                    }
+                }
+                Find::Hole if punched.discarded.end_at(at).is_some() => return Some(at),
+                Find::Hole => {
+                    if let Some(start) = punched.discarded.start_from(at).filter(|start| *start < end) {
+                        return Some(start);
+                    }
+                }
+            }
+        }
+        None
+    }
+}

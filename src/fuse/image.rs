@@ -1,0 +1,426 @@
+//! Disks as files: one directory, one read-only file per disk, of exactly the disk's size.
+//!
+//! The session's thread only takes requests apart. Reads and discards are answered by tokio tasks, so many are under way at a
+//! time, each with a deadline: whoever reads a file cannot be interrupted while he waits for us.
+
+use super::session::{configure, directory_attributes, file_attributes};
+use crate::{nbd::NbdError, report::Events, restore::RestoreError};
+use async_trait::async_trait;
+use bytes::Bytes;
+use fuser::{
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, KernelConfig,
+    LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty,
+    ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+};
+use std::{
+    ffi::OsStr,
+    fmt::Write,
+    io,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant, SystemTime},
+};
+use thiserror::Error;
+use tokio::{runtime::Handle, time::timeout};
+
+/// Nothing that is told about a file ever changes.
+const TTL: Duration = Duration::from_hours(1);
+const BLOCK: u32 = 4096;
+/// `fallocate(2)`: `FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE`.
+const PUNCH_HOLE: i32 = 0x3;
+/// So many failures are told in [`LOG_PERIOD`]; the others are counted. A reader that goes on after errors has thousands.
+const LOG_BURST: u32 = 16;
+const LOG_PERIOD: Duration = Duration::from_secs(10);
+
+/// Why a file does not do what it was asked.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// The archive does not give the content.
+    #[error(transparent)]
+    Archive(#[from] RestoreError),
+    /// The export does not give it.
+    #[error(transparent)]
+    Nbd(#[from] NbdError),
+    /// Only what changed can be read.
+    #[error("byte {0} is outside of what changed since the base, where the export cannot be read")]
+    Clean(u64),
+    /// It was given away.
+    #[error("byte {0} was discarded by punching a hole")]
+    Discarded(u64),
+    /// The answer takes too long.
+    #[error("no answer within {0:?}")]
+    TimedOut(Duration),
+    /// The thread that reads died.
+    #[error("reading ended unexpectedly")]
+    Died,
+    /// This image has no such operation.
+    #[error("not supported")]
+    NotSupported,
+}
+
+impl ImageError {
+    fn errno(&self) -> Errno {
+        match self {
+            Self::NotSupported => Errno::EOPNOTSUPP,
+            _ => Errno::EIO,
+        }
+    }
+}
+
+/// What `lseek` looks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Find {
+    /// A byte that has to be read.
+    Data,
+    /// A byte that is zero, or cannot be read.
+    Hole,
+}
+
+/// Whether the kernel may keep pages of a file, and read ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caching {
+    /// It may: all of the file can be read, and never changes.
+    Cached,
+    /// Every read comes as the reader made it, so none fails because of what lies behind. Reads may then be short.
+    Direct,
+}
+
+/// Whether holes can be punched into a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Punch {
+    /// Yes; the file can be opened for writing then, which `fallocate` demands.
+    Offered,
+    /// No.
+    Refused,
+}
+
+/// The content of one file.
+#[async_trait]
+pub trait Image: Send + Sync + 'static {
+    /// A plain file name.
+    fn name(&self) -> &str;
+
+    /// Bytes.
+    fn size(&self) -> u64;
+
+    /// Bytes that are no holes, at most the size.
+    fn data_bytes(&self) -> u64;
+
+    /// How the kernel may read.
+    fn caching(&self) -> Caching;
+
+    /// Whether [`Image::punch`] does something.
+    fn punching(&self) -> Punch;
+
+    /// `len` bytes at `offset`, which lie inside the file; with [`Caching::Direct`] also fewer, but at least one.
+    async fn read(&self, offset: u64, len: usize) -> Result<Bytes, ImageError>;
+
+    /// Gives away `len` bytes at `offset`, which lie inside the file. They need not be readable any more.
+    async fn punch(&self, offset: u64, len: u64) -> Result<(), ImageError>;
+
+    /// The first such byte from `offset` on, which lies inside the file.
+    fn find(&self, offset: u64, what: Find) -> Option<u64>;
+}
+
+/// How to answer.
+#[derive(Clone)]
+pub struct ViewOptions {
+    /// Requests that take longer fail with `EIO`.
+    pub deadline: Duration,
+    /// Time stamp of all files.
+    pub time: SystemTime,
+    /// Where failures are told, each with its reason.
+    pub events: Events,
+}
+
+/// A directory of images.
+pub struct ImageView {
+    images: Vec<Arc<dyn Image>>,
+    options: ViewOptions,
+    runtime: Handle,
+    complaints: Arc<Complaints>,
+}
+
+impl ImageView {
+    /// Shows `images`, whose names differ. Requests are answered by tasks of the tokio runtime in which this is called.
+    pub fn new(images: Vec<Arc<dyn Image>>, options: ViewOptions) -> Self {
+        Self { images, options, runtime: Handle::current(), complaints: Arc::default() }
+    }
+
+    fn image(&self, ino: INodeNo) -> Option<&Arc<dyn Image>> {
+        ino.0.checked_sub(FIRST).and_then(|index| self.images.get(index as usize))
+    }
+
+    fn attributes(&self, ino: INodeNo) -> Option<FileAttr> {
+        if ino == INodeNo::ROOT {
+            return Some(directory_attributes(ino, self.options.time));
+        }
+        let image = self.image(ino)?;
+        let attributes = file_attributes(ino, image.size(), self.options.time);
+        let perm = if image.punching() == Punch::Offered { 0o600 } else { 0o400 };
+        // Programs look for holes only where a file has fewer blocks than its size needs.
+        Some(FileAttr { blocks: image.data_bytes().div_ceil(512), blksize: 1 << 20, perm, ..attributes })
+    }
+
+    /// Answers in a task; `doing` is what the log calls it.
+    fn answer<T: Send + 'static>(
+        &self,
+        image: &Arc<dyn Image>,
+        doing: String,
+        work: impl Future<Output = Result<T, ImageError>> + Send + 'static,
+        reply: impl FnOnce(Result<T, Errno>) + Send + 'static,
+    ) {
+        let (options, image, complaints) = (self.options.clone(), image.clone(), self.complaints.clone());
+        self.runtime.spawn(async move {
+            let outcome = timeout(options.deadline, work).await;
+            reply(outcome.unwrap_or(Err(ImageError::TimedOut(options.deadline))).map_err(|error| {
+                if !matches!(error, ImageError::NotSupported) {
+                    complaints.tell(&options.events, image.name(), &doing, &error);
+                }
+                error.errno()
+            }));
+        });
+    }
+}
+
+/// Inode of the first image; 1 is the directory.
+const FIRST: u64 = 2;
+
+/// Failures on their way to the log, not more than anybody reads.
+#[derive(Default)]
+struct Complaints(Mutex<Option<Told>>);
+
+struct Told {
+    since: Instant,
+    count: u32,
+}
+
+impl Complaints {
+    fn tell(&self, events: &Events, disk: &str, doing: &str, error: &ImageError) {
+        let mut left_out = 0;
+        {
+            let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            match told.as_mut() {
+                Some(told) if told.since.elapsed() < LOG_PERIOD => {
+                    told.count = told.count.saturating_add(1);
+                    if told.count > LOG_BURST {
+                        return;
+                    }
+                }
+                other => {
+                    left_out = other.map_or(0, |told| told.count.saturating_sub(LOG_BURST));
+                    *told = Some(Told { since: Instant::now(), count: 1 });
+                }
+            }
+        }
+        let mut text = format!("disk `{disk}`: {doing} fails: {error}");
+        let mut cause = std::error::Error::source(error);
+        while let Some(next) = cause {
+            let _ = write!(text, ": {next}");
+            cause = next.source();
+        }
+        if left_out > 0 {
+            let _ = write!(text, " ({left_out} failures before it are not listed)");
+        }
+        events.warn(text);
+    }
+}
+
+impl Filesystem for ImageView {
+    fn init(&mut self, _: &Request, kernel: &mut KernelConfig) -> io::Result<()> {
+        configure(kernel);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if parent != INodeNo::ROOT {
+            return reply.error(Errno::ENOTDIR);
+        }
+        let found = self.images.iter().position(|image| name == image.name());
+        match found.map(|index| INodeNo(index as u64 + FIRST)).and_then(|ino| self.attributes(ino)) {
+            Some(attributes) => reply.entry(&TTL, &attributes, Generation(0)),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.attributes(ino) {
+            Some(attributes) => reply.attr(&TTL, &attributes),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let Some(image) = self.image(ino) else { return reply.error(Errno::EISDIR) };
+        if flags.acc_mode() != OpenAccMode::O_RDONLY && image.punching() == Punch::Refused {
+            return reply.error(Errno::EROFS);
+        }
+        let flags = match image.caching() {
+            Caching::Cached => FopenFlags::FOPEN_KEEP_CACHE,
+            Caching::Direct => FopenFlags::FOPEN_DIRECT_IO,
+        };
+        // Closing a file, which every exec of a program that has it open does, must not wait for us.
+        reply.opened(FileHandle(0), flags | FopenFlags::FOPEN_NOFLUSH);
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let Some(image) = self.image(ino) else { return reply.error(Errno::EISDIR) };
+        let len = image.size().saturating_sub(offset).min(size.into());
+        if len == 0 {
+            return reply.data(&[]);
+        }
+        let reader = image.clone();
+        let work = async move { reader.read(offset, len as usize).await };
+        self.answer(image, format!("reading {len} bytes at {offset}"), work, |outcome| match outcome {
+            Ok(bytes) => reply.data(&bytes),
+            Err(errno) => reply.error(errno),
+        });
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let Some(image) = self.image(ino) else { return reply.error(Errno::EISDIR) };
+        if mode != PUNCH_HOLE || image.punching() == Punch::Refused {
+            return reply.error(Errno::EOPNOTSUPP);
+        }
+        let len = image.size().saturating_sub(offset).min(length);
+        if len == 0 {
+            return reply.ok();
+        }
+        let puncher = image.clone();
+        let work = async move { puncher.punch(offset, len).await };
+        self.answer(image, format!("discarding {len} bytes at {offset}"), work, |outcome| match outcome {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
+        });
+    }
+
+    fn lseek(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        let Some(image) = self.image(ino) else { return reply.error(Errno::EISDIR) };
+        let size = image.size();
+        let offset = match u64::try_from(offset) {
+            Ok(offset) if offset < size => offset,
+            _ => return reply.error(Errno::ENXIO),
+        };
+        let found = match whence {
+            nix::libc::SEEK_DATA => image.find(offset, Find::Data),
+            // Behind the end of every file is a hole.
+            nix::libc::SEEK_HOLE => Some(image.find(offset, Find::Hole).unwrap_or(size)),
+            _ => return reply.error(Errno::EINVAL),
+        };
+        match found.map(i64::try_from) {
+            Some(Ok(found)) => reply.offset(found),
+            Some(Err(_)) => reply.error(Errno::EOVERFLOW),
+            None => reply.error(Errno::ENXIO),
+        }
+    }
+
+    fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        if ino != INodeNo::ROOT {
+            return reply.error(Errno::ENOTDIR);
+        }
+        let dots = [".", ".."].map(|name| (INodeNo::ROOT, FileType::Directory, name));
+        let files = self.images.iter().enumerate();
+        let files = files.map(|(index, image)| (INodeNo(index as u64 + FIRST), FileType::RegularFile, image.name()));
+        let entries = dots.into_iter().chain(files).enumerate().skip(usize::try_from(offset).unwrap_or(usize::MAX));
+        for (index, (ino, kind, name)) in entries {
+            if reply.add(ino, index as u64 + 1, kind, Path::new(name)) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        let size = self.images.iter().map(|image| image.size()).fold(0, u64::saturating_add);
+        reply.statfs(size.div_ceil(BLOCK.into()), 0, 0, self.images.len() as u64, 0, BLOCK, 255, BLOCK);
+    }
+
+    // What would change something. Without these the kernel would tell ENOSYS, which programs do not expect.
+
+    fn setattr(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: Option<u32>,
+        _: Option<u32>,
+        _: Option<u32>,
+        _: Option<u64>,
+        _: Option<TimeOrNow>,
+        _: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn create(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn mknod(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn symlink(&self, _: &Request, _: INodeNo, _: &OsStr, _: &Path, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn link(&self, _: &Request, _: INodeNo, _: INodeNo, _: &OsStr, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn unlink(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn rmdir(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn rename(&self, _: &Request, _: INodeNo, _: &OsStr, _: INodeNo, _: &OsStr, _: RenameFlags, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+}
