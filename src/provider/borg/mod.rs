@@ -1,0 +1,265 @@
+//! borg repositories, by an unmodified `borg` (1.2 or a later 1.x).
+//!
+//! borg knows nothing of dirty bitmaps, but it does not read a file whose path, size and modification time it has seen before
+//! (`--files-cache=mtime,size`). So each backup is one `borg create` on the *segment view* ([`crate::fuse::segments`]), in which
+//! a segment that did not change has the time that it had, and is skipped.
+//!
+//! # What must never be wrong
+//!
+//! What borg skips must be what did not change, and the other way round. The view sees what borg reads: an unchanged segment
+//! that is read, or a changed one that is not, fails the backup, and makes the next one a full one. `known` says which archive
+//! of a guest the files cache belongs to; without that, or without the files cache, a full backup is asked for at once.
+//!
+//! # When an archive counts
+//!
+//! `borg create` returns success-with-warnings, and leaves an archive, when files could not be read; and it may survive us. So it
+//! works under a name that is no archive's (`NAME.incomplete`); only when it has ended well, the view is complete, and borg
+//! has counted as many files as there are, the archive is renamed. What was left incomplete is deleted by the guest's next
+//! backup. A backup makes no checkpoints.
+//!
+//! That the chunks of unchanged segments are still there is what borg's own index says; `borg check` looks at the repository.
+//!
+//! # Zeroes
+//!
+//! A changed segment that turns out to be zero only when it is read has a file all the same, since borg had seen its name by
+//! then. The next archive does not have it any more.
+
+mod command;
+mod options;
+mod reader;
+mod store;
+
+pub use options::{BorgOptions, Passphrase};
+
+use super::{
+    ArchiveInfo, ArchiveReader, BackupInput, DiskQuery, ErrorKind, Incremental, Outcome, Provider, ProviderError,
+    Stored,
+};
+use crate::{
+    archive::{ArchiveId, ArchiveName},
+    config::create_private_dir,
+    fuse::mounts,
+    segment::SegmentTable,
+};
+use command::{Borg, Call, Finished};
+use jiff::Timestamp;
+use reader::Reader;
+use serde::Deserialize;
+use std::{collections::HashMap, fs};
+use store::Known;
+
+/// Ending of the name of an archive that is not complete.
+const INCOMPLETE: &str = ".incomplete";
+/// Largest manifest that is read.
+const MAX_MANIFEST: u64 = 16 << 20;
+
+/// Stores archives in a borg repository.
+pub struct BorgProvider {
+    borg: Borg,
+    /// The last answer of the repository, for names.
+    listed: Option<Listing>,
+    added: Option<u64>,
+}
+
+/// The answer to `borg list --json`.
+#[derive(Deserialize)]
+struct Listing {
+    repository: Repository,
+    archives: Vec<Listed>,
+}
+
+#[derive(Deserialize)]
+struct Repository {
+    id: String,
+}
+
+#[derive(Deserialize)]
+struct Listed {
+    id: String,
+    name: String,
+}
+
+impl Listing {
+    /// The name of an archive of ours.
+    fn name(&self, id: &ArchiveId) -> Option<ArchiveName> {
+        self.archives.iter().find(|archive| archive.id == id.0)?.name.parse().ok()
+    }
+}
+
+impl BorgProvider {
+    /// Prepares; the repository is opened by the first call that needs it.
+    ///
+    /// # Errors
+    /// When there is no borg that we know, or its directories cannot be made.
+    pub fn open(options: BorgOptions) -> Result<Self, ProviderError> {
+        for directory in [options.cache(), options.directory.join("view"), options.directory.join("known")] {
+            create_private_dir(&directory).map_err(|e| {
+                ProviderError::caused_by(ErrorKind::Other, format!("cannot create {}", directory.display()), e)
+            })?;
+        }
+        let borg = Borg::new(options);
+        borg.check_version()?;
+        Ok(Self { borg, listed: None, added: None })
+    }
+
+    /// Creates the repository.
+    ///
+    /// # Errors
+    /// When there is one already, or it cannot be created.
+    pub fn init(options: BorgOptions) -> Result<Self, ProviderError> {
+        let provider = Self::open(options)?;
+        let encryption = provider.borg.options().encryption.clone();
+        let finished = provider.borg.run(&Call {
+            verb: "init",
+            options: vec!["--encryption".into(), encryption],
+            ..Call::default()
+        })?;
+        provider.succeeded(&finished, "the repository cannot be created")?;
+        Ok(provider)
+    }
+
+    fn succeeded(&self, finished: &Finished, what: &str) -> Result<(), ProviderError> {
+        if finished.ran() {
+            return Ok(());
+        }
+        Err(finished.error(&format!("{what} (repository {})", self.borg.options().repository)))
+    }
+
+    /// The repository's id, and those of its archives that can be ours.
+    fn listing(&self) -> Result<Listing, ProviderError> {
+        let what = "the archives cannot be listed";
+        let options = ["--json", "--glob-archives", "pve-qemu-*"].map(str::to_owned).into();
+        let finished = self.borg.run(&Call { verb: "list", options, ..Call::default() })?;
+        self.succeeded(&finished, what)?;
+        serde_json::from_slice(&finished.output).map_err(|e| ProviderError::caused_by(ErrorKind::Other, what, e))
+    }
+
+    fn delete(&self, name: &str) -> Result<(), ProviderError> {
+        let finished = self.borg.run(&Call { verb: "delete", archive: Some(name), ..Call::default() })?;
+        self.succeeded(&finished, &format!("archive `{name}` cannot be deleted"))
+    }
+
+    /// Checks one disk of a base archive; the error is the reason for a full backup.
+    fn confirm(
+        &self,
+        listing: &Listing,
+        known: &Known,
+        readers: &mut HashMap<ArchiveId, Reader>,
+        query: &DiskQuery,
+    ) -> Result<SegmentTable, String> {
+        let name =
+            listing.name(&query.base).ok_or_else(|| format!("archive {} is not in the repository", query.base))?;
+        if known.repository != listing.repository.id || known.disks.get(&query.name) != Some(&query.base) {
+            return Err("borg's files cache does not belong to the base archive".into());
+        }
+        let files = self.borg.options().cache().join(&listing.repository.id).join(store::files_cache(name.guest()));
+        if !files.is_file() {
+            return Err("borg's files cache is gone".into());
+        }
+        let reader = readers.entry(query.base.clone()).or_insert_with(|| Reader::new(self.borg.clone(), name));
+        let manifest = reader.manifest().map_err(|e| e.to_string())?;
+        let entry = manifest.disk(&query.name).ok_or("the base archive does not have the disk")?;
+        if (entry.size, entry.segment_len) != (query.size, query.segment_len.bytes()) {
+            return Err(format!(
+                "the disk has {} bytes in segments of {}, it had {} in segments of {} in the base archive",
+                query.size,
+                query.segment_len.bytes(),
+                entry.size,
+                entry.segment_len
+            ));
+        }
+        reader.checked_table(entry).map_err(|e| e.to_string())
+    }
+}
+
+impl Provider for BorgProvider {
+    fn kind(&self) -> &'static str {
+        "borg"
+    }
+
+    fn repository_id(&mut self) -> Result<String, ProviderError> {
+        let listing = self.listing()?;
+        let id = listing.repository.id.clone();
+        self.listed = Some(listing);
+        Ok(id)
+    }
+
+    fn job_init(&mut self, _start: Timestamp) -> Result<(), ProviderError> {
+        // What runs that were killed have left.
+        for entry in fs::read_dir(self.borg.options().directory.join("view")).into_iter().flatten().flatten() {
+            if let Err(error) = mounts::clear_dead(&entry.path()) {
+                tracing::warn!("{error}");
+            }
+        }
+        Ok(())
+    }
+
+    fn job_cleanup(&mut self) -> Result<(), ProviderError> {
+        Ok(())
+    }
+
+    fn backup_init(&mut self, guest: &str, start: Timestamp) -> Result<ArchiveName, ProviderError> {
+        self.added = None;
+        // A name that somebody takes meanwhile makes borg fail, so what was just listed will do.
+        let listing = self.listed.take().map_or_else(|| self.listing(), Ok)?;
+        for archive in &listing.archives {
+            let left = archive.name.strip_suffix(INCOMPLETE).and_then(|name| name.parse::<ArchiveName>().ok());
+            if left.is_some_and(|name| name.guest() == guest) {
+                tracing::info!("deleting `{}`, which a run that died has left", archive.name);
+                self.delete(&archive.name)?;
+            }
+        }
+        let mut name = ArchiveName::new(guest, start);
+        while listing.archives.iter().any(|archive| archive.name == name.to_string()) {
+            let next = Timestamp::from_second(name.time().as_second() + 1)
+                .map_err(|e| ProviderError::caused_by(ErrorKind::Other, "no time is left for an archive's name", e))?;
+            name = ArchiveName::new(guest, next);
+        }
+        Ok(name)
+    }
+
+    fn query_incremental(&mut self, disks: &[DiskQuery]) -> Result<Vec<Incremental>, ProviderError> {
+        let listing = self.listing()?;
+        let mut readers = HashMap::new();
+        let mut answers = Vec::with_capacity(disks.len());
+        for query in disks {
+            let known = listing.name(&query.base).map(|name| Known::load(self.borg.options(), name.guest()));
+            let table = self.confirm(&listing, &known.unwrap_or_default(), &mut readers, query);
+            answers.push(table.map_or_else(Incremental::New, Incremental::Use));
+        }
+        self.listed = Some(listing);
+        Ok(answers)
+    }
+
+    fn backup(&mut self, input: BackupInput) -> Result<Stored, ProviderError> {
+        let stored = self.store(input)?;
+        self.added = stored.added_bytes;
+        Ok(stored)
+    }
+
+    fn backup_cleanup(&mut self, outcome: &Outcome) -> Result<Option<u64>, ProviderError> {
+        Ok(self.added.take().filter(|_| *outcome == Outcome::Success))
+    }
+
+    fn list(&mut self, guest: Option<&str>) -> Result<Vec<ArchiveInfo>, ProviderError> {
+        let archives = self.listing()?.archives.into_iter();
+        let mut archives: Vec<ArchiveInfo> = archives
+            .filter_map(|archive| {
+                let name: ArchiveName = archive.name.parse().ok()?;
+                let wanted = guest.is_none_or(|guest| name.guest() == guest);
+                let id = ArchiveId(archive.id);
+                wanted.then_some(ArchiveInfo { id, name, disks: Vec::new(), size: None, added_bytes: None })
+            })
+            .collect();
+        archives.sort_by(|a, b| (a.name.time(), &a.name).cmp(&(b.name.time(), &b.name)));
+        Ok(archives)
+    }
+
+    fn open(&mut self, archive: &ArchiveId) -> Result<Box<dyn ArchiveReader>, ProviderError> {
+        let name = self.listing()?.name(archive).ok_or_else(|| {
+            let message = format!("archive {archive} is not in repository {}", self.borg.options().repository);
+            ProviderError::new(ErrorKind::NotFound, message)
+        })?;
+        Ok(Box::new(Reader::new(self.borg.clone(), name)))
+    }
+}

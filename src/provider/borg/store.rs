@@ -1,0 +1,324 @@
+//! Making an archive.
+
+use super::{
+    BorgOptions, BorgProvider, INCOMPLETE,
+    command::{Call, Finished, MAX_OUTPUT},
+};
+use crate::{
+    archive::{ArchiveId, ArchiveName},
+    config::create_private_dir,
+    fuse::{
+        Mount, MountOptions, mounts,
+        segments::{DiskPlan, MANIFEST, MAX_DISKS, MAX_SEGMENTS, SegmentView, ViewFailure},
+    },
+    provider::{BackupInput, DiskInput, ErrorKind, ProviderError, Stored},
+    segment::{SegmentLen, SegmentRecord},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fs,
+    io::{self, Write as _},
+};
+
+/// Which archives a guest's files cache belongs to.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct Known {
+    pub(super) repository: String,
+    /// The last archive of every disk.
+    pub(super) disks: BTreeMap<String, ArchiveId>,
+}
+
+impl Known {
+    /// What is known; nothing when that cannot be read.
+    pub(super) fn load(options: &BorgOptions, guest: &str) -> Self {
+        fs::read(options.known(guest)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+    }
+
+    /// Not synced: losing it costs a full backup.
+    fn store(&self, options: &BorgOptions, guest: &str) -> io::Result<()> {
+        let path = options.known(guest);
+        let mut file = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(&path))?;
+        file.write_all(&serde_json::to_vec(self)?)?;
+        file.persist(path)?;
+        Ok(())
+    }
+
+    fn forget(options: &BorgOptions, guest: &str) {
+        if let Err(error) = fs::remove_file(options.known(guest))
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!("{}: {error}", options.known(guest).display());
+        }
+    }
+}
+
+/// Name of a guest's files cache.
+pub(super) fn files_cache(guest: &str) -> String {
+    format!("files.{guest}")
+}
+
+/// The answer to `borg create --json`.
+#[derive(Deserialize)]
+struct Created {
+    archive: CreatedArchive,
+}
+
+#[derive(Deserialize)]
+struct CreatedArchive {
+    stats: Stats,
+}
+
+#[derive(Deserialize)]
+struct Stats {
+    nfiles: u64,
+    deduplicated_size: u64,
+}
+
+fn incomplete(what: impl Into<String>) -> ProviderError {
+    ProviderError::new(ErrorKind::Incomplete, format!("the archive is not complete: {}", what.into()))
+}
+
+impl BorgProvider {
+    pub(super) fn store(&mut self, input: BackupInput) -> Result<Stored, ProviderError> {
+        let (archive, guest) = (input.archive.clone(), input.archive.guest().to_owned());
+        let temporary = format!("{archive}{INCOMPLETE}");
+        let disks: Vec<String> = input.disks.iter().map(|disk| disk.name.clone()).collect();
+        let created = self.create(input, &temporary);
+        let renamed = created.and_then(|added| Ok((self.rename(&temporary, &archive)?, added)));
+        let (repository, id, added) = match renamed {
+            Ok(((repository, id), added)) => (repository, id, added),
+            Err(error) => {
+                if self.listing().is_ok_and(|l| l.archives.iter().any(|a| a.name == temporary))
+                    && let Err(error) = self.delete(&temporary)
+                {
+                    // The next backup of the guest tries again.
+                    tracing::warn!("{error}");
+                }
+                return Err(error);
+            }
+        };
+        let options = self.borg.options();
+        let mut known = Known::load(options, &guest);
+        if known.repository != repository {
+            known = Known { repository, disks: BTreeMap::new() };
+        }
+        known.disks.extend(disks.into_iter().map(|disk| (disk, id.clone())));
+        if let Err(error) = known.store(options, &guest) {
+            tracing::warn!("the next backup will be a full one: {}: {error}", options.known(&guest).display());
+            Known::forget(options, &guest);
+        }
+        Ok(Stored { id, added_bytes: Some(added) })
+    }
+
+    /// Runs `borg create` on the view. Returns the bytes that the repository grew by.
+    fn create(&self, input: BackupInput, name: &str) -> Result<u64, ProviderError> {
+        let options = self.borg.options();
+        let guest = input.archive.guest().to_owned();
+        let instant = input.instant.as_microsecond();
+        check_names(&input)?;
+        let mut plans = Vec::with_capacity(input.disks.len());
+        for disk in input.disks {
+            plans.push(plan(disk, instant)?);
+        }
+        let mut paths: Vec<String> = input.members.iter().map(|member| member.0.clone()).collect();
+        paths.extend(["disks".into(), MANIFEST.into()]);
+        let view = SegmentView::new(input.members, plans, input.manifest, instant);
+
+        let directory = options.view(&guest);
+        // Looked at before it is made: the last run's mount may be there, and dead.
+        let prepared = mounts::clear_dead(&directory).map(drop).or_else(|_| create_private_dir(&directory));
+        prepared.map_err(|e| {
+            ProviderError::caused_by(ErrorKind::Other, format!("cannot create {}", directory.display()), e)
+        })?;
+        let mount = Mount::start(&directory, view.clone(), MountOptions::default())
+            .map_err(|e| ProviderError::caused_by(ErrorKind::Other, "the segments cannot be shown to borg", e))?;
+        let call = Call {
+            verb: "create",
+            options: self.create_options(),
+            archive: Some(name),
+            arguments: paths.clone(),
+            directory: Some(mount.path()),
+            files_cache: Some(&guest),
+        };
+        let result = self.borg.start(&call).and_then(|running| {
+            running.finish_unless("borg create", MAX_OUTPUT, || {
+                if input.cancel.is_cancelled() {
+                    return Some(ProviderError::new(ErrorKind::Source, "the backup was cancelled"));
+                }
+                view.failure().map(|failure| failed(failure.clone()))
+            })
+        });
+        if let Err(error) = mount.umount() {
+            tracing::warn!("{error}");
+        }
+        let complete = view.finish();
+        let ran = result.as_ref().is_ok_and(Finished::ran);
+        let gap = view.failure().or_else(|| complete.as_ref().err().filter(|_| ran));
+        if let Some(ViewFailure::Unchanged { .. } | ViewFailure::NotRead { .. }) = gap {
+            // borg's files cache is not what it should be.
+            Known::forget(options, &guest);
+        }
+        let finished = result?;
+        self.succeeded(&finished, "the archive cannot be stored")?;
+        for message in finished.messages.iter().filter(|m| m.level == "WARNING") {
+            if paths.iter().any(|path| message.text.starts_with(path.as_str())) {
+                return Err(incomplete(&message.text));
+            }
+            tracing::warn!("borg: {}", message.text);
+        }
+        let (files, segments) = complete.map_err(failed)?;
+        let created: Created = serde_json::from_slice(&finished.output)
+            .map_err(|e| ProviderError::caused_by(ErrorKind::Other, "borg's answer cannot be read", e))?;
+        let stats = created.archive.stats;
+        if stats.nfiles != files {
+            return Err(incomplete(format!("{files} files were planned, {} were stored", stats.nfiles)));
+        }
+        tracing::debug!(files, segments, "borg has read what changed");
+        Ok(stats.deduplicated_size)
+    }
+
+    fn create_options(&self) -> Vec<String> {
+        let options = self.borg.options();
+        let mut how: Vec<String> = [
+            "--json",
+            "--files-cache=mtime,size",
+            // What is the same in every file, and costs a system call each.
+            "--noctime",
+            "--noflags",
+            "--noacls",
+            "--noxattrs",
+            "--checkpoint-interval",
+            "0",
+            // A segment is one chunk.
+            "--chunker-params",
+        ]
+        .map(str::to_owned)
+        .into();
+        how.push(format!("fixed,{}", SegmentLen::MAX));
+        if let Some(compression) = &options.compression {
+            how.extend(["--compression".into(), compression.clone()]);
+        }
+        if let Some(rate) = options.upload_ratelimit {
+            how.extend(["--upload-ratelimit".into(), rate.to_string()]);
+        }
+        how.extend(options.extra_arguments.iter().cloned());
+        how
+    }
+
+    /// Gives the archive its name. Returns the repository's id and the archive's.
+    fn rename(&self, from: &str, to: &ArchiveName) -> Result<(String, ArchiveId), ProviderError> {
+        let finished = self.borg.run(&Call {
+            verb: "rename",
+            archive: Some(from),
+            arguments: vec![to.to_string()],
+            ..Call::default()
+        })?;
+        self.succeeded(&finished, "the archive cannot be given its name")?;
+        let listing = self.listing()?;
+        let name = to.to_string();
+        let found = listing.archives.iter().find(|archive| archive.name == name);
+        let id = found.map(|archive| ArchiveId(archive.id.clone()));
+        Ok((listing.repository.id, id.ok_or_else(|| incomplete("it is not in the repository's list"))?))
+    }
+}
+
+fn failed(failure: ViewFailure) -> ProviderError {
+    match failure {
+        ViewFailure::Source(error) => ProviderError::caused_by(ErrorKind::Source, "the backup's source failed", error),
+        ViewFailure::Contract { .. } => ProviderError::new(ErrorKind::Source, failure.to_string()),
+        ViewFailure::Unchanged { .. } | ViewFailure::NotRead { .. } => incomplete(format!(
+            "{failure}: borg's files cache is not that of the last backup; the next backup will be a full one"
+        )),
+    }
+}
+
+/// Names must be files' names in one tree, each its own.
+fn check_names(input: &BackupInput) -> Result<(), ProviderError> {
+    let plain = |name: &str| {
+        (1..=128).contains(&name.len())
+            && !name.starts_with(['.', '-'])
+            && name.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'/' | b'\\' | b'"'))
+    };
+    let mut names = HashSet::new();
+    let disks = input.disks.iter().flat_map(|disk| [disk.name.clone(), format!("{}.segments", disk.name)]);
+    let fits = input.disks.len() <= MAX_DISKS && input.members.len() < 64;
+    let mut top: HashSet<&str> = ["disks", MANIFEST].into();
+    if !fits
+        || !disks.into_iter().all(|name| plain(&name) && names.insert(name))
+        || !input.members.iter().all(|(name, _)| plain(name) && top.insert(name))
+    {
+        return Err(ProviderError::new(ErrorKind::Other, "the names of the disks and members exclude each other"));
+    }
+    Ok(())
+}
+
+/// The segments of the new archive: the base's, overwritten by what is expected. Segments that are known to be zero are left
+/// out, and so are those that the base only has because it did not know that.
+fn plan(disk: DiskInput, instant: i64) -> Result<DiskPlan, ProviderError> {
+    let count = disk.segment_len.count(disk.size);
+    let wrong = |what: &str| ProviderError::new(ErrorKind::Source, format!("disk `{}`: {what}", disk.name));
+    if count > MAX_SEGMENTS {
+        return Err(wrong("it has too many segments"));
+    }
+    if disk.expected.last().is_some_and(|last| last.index >= count)
+        || !disk.expected.is_sorted_by(|a, b| a.index < b.index)
+    {
+        return Err(wrong("what will change is out of order"));
+    }
+    let mut zero: HashMap<u64, [u8; 32]> = HashMap::new();
+    let mut is_zero = |record: &SegmentRecord| {
+        let len = disk.segment_len.range(record.index, disk.size).map_or(0, |(_, len)| len);
+        *zero.entry(len).or_insert_with(|| *blake3::hash(&vec![0; len as usize]).as_bytes()) == record.digest
+    };
+    let base = disk.base.as_ref().map_or(&[][..], |(_, table)| table.records());
+    if base.iter().any(|record| record.stored_at >= instant) {
+        return Err(wrong("the base archive has segments that are not older than this backup: the clock went back"));
+    }
+    let mut old = base.iter().peekable();
+    let mut records = Vec::with_capacity(base.len());
+    for expected in &disk.expected {
+        while let Some(record) = old.next_if(|record| record.index < expected.index) {
+            if !is_zero(record) {
+                records.push(*record);
+            }
+        }
+        old.next_if(|record| record.index == expected.index);
+        if !expected.zero {
+            records.push(SegmentRecord { index: expected.index, stored_at: instant, digest: [0; 32] });
+        }
+    }
+    records.extend(old.filter(|record| !is_zero(record)));
+    Ok(DiskPlan { name: disk.name, size: disk.size, segment_len: disk.segment_len, records, changed: disk.changed })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{provider::Expected, segment::SegmentTable};
+
+    #[test]
+    fn the_plan_is_the_base_overwritten_without_zeroes() {
+        let segment_len = SegmentLen::new(64 << 10).expect("length");
+        let zeroes = *blake3::hash(&vec![0; 64 << 10]).as_bytes();
+        let mut table = SegmentTable::new();
+        for (index, digest) in [(0, [1; 32]), (1, zeroes), (2, [2; 32]), (3, [3; 32]), (9, zeroes)] {
+            table.push(SegmentRecord { index, stored_at: 1, digest }).expect("ordered");
+        }
+        let expected = [(2, false), (3, true), (5, false)].map(|(index, zero)| Expected { index, zero });
+        let disk = |instant: i64| {
+            let disk = DiskInput {
+                name: "a".into(),
+                size: 10 * (64 << 10),
+                segment_len,
+                base: Some((ArchiveId("x".into()), table.clone())),
+                expected: expected.to_vec(),
+                changed: Box::new(std::iter::empty()),
+            };
+            plan(disk, instant)
+        };
+        let found: Vec<(u64, i64)> = disk(7).expect("plan").records.iter().map(|r| (r.index, r.stored_at)).collect();
+        assert_eq!(found, [(0, 1), (2, 7), (5, 7)]);
+        assert!(disk(1).is_err(), "as old as the base");
+    }
+}
