@@ -1,0 +1,75 @@
+//! `pvebackup recover`: undo what a run that died has left.
+
+use super::{Context, exit, print, vm::find_guest};
+use crate::{
+    access::{self, by_hand::Kept},
+    generation::Record,
+    journal::{Journal, JournalError, Step},
+    qmp::Qmp,
+};
+use anyhow::{Context as _, Result};
+
+#[derive(clap::Args, Debug)]
+pub(super) struct RecoverArgs {
+    /// Guests; all that have a recovery journal if none is given
+    #[arg(value_name = "GUEST")]
+    guests: Vec<String>,
+    /// Only list what is left
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub(super) async fn run(args: RecoverArgs, context: Context) -> Result<u8> {
+    let dir = context.dirs.journals();
+    let guests = if args.guests.is_empty() {
+        Journal::guests(&dir).with_context(|| format!("cannot list {}", dir.display()))?
+    } else {
+        args.guests
+    };
+    let mut left = false;
+    for guest in guests {
+        let id: crate::guest::GuestId = guest.parse()?;
+        let journal = match Journal::open(&dir, id.as_str()) {
+            Err(JournalError::Busy { .. }) => {
+                print(&format!("{guest}: a run is at work; nothing to recover"));
+                continue;
+            }
+            other => other?,
+        };
+        let leftover = journal.leftover();
+        if leftover.is_empty() {
+            print(&format!("{guest}: nothing is left"));
+            continue;
+        }
+        if args.dry_run {
+            for step in leftover.iter().rev().filter(|s| !matches!(s, Step::Begin { .. } | Step::Stored { .. })) {
+                print(&format!("{guest}: would undo: {}", step.label()));
+            }
+            left = true;
+            continue;
+        }
+        let begin = leftover.iter().find_map(|step| match step {
+            Step::Begin { qmp, target, generation, .. } => Some((qmp.clone(), target.clone(), generation.clone())),
+            _ => None,
+        });
+        let (qmp, target, generation) = match begin {
+            Some(begin) => begin,
+            None => (find_guest(&guest, &context)?.qmp, String::new(), String::new()),
+        };
+        if let Some(kept) = Kept::of(&leftover) {
+            print(&format!("{guest}: ending the access by hand of {}", kept.since));
+        }
+        let committed = Record::load(&context.dirs.generations(), &target, id.as_str()).0.has_generation(&generation);
+        let report = access::recover(&journal, &Qmp::new(qmp), committed.then_some(generation.as_str()))
+            .await
+            .with_context(|| format!("cannot undo everything in guest `{guest}`; the journal is kept, run `pvebackup recover {guest}` again"))?;
+        for line in report.undone {
+            print(&format!("{guest}: undone: {line}"));
+        }
+        for line in report.left_behind {
+            print(&format!("{guest}: still there: {line}"));
+            left = true;
+        }
+    }
+    Ok(if left { exit::LEFT_BEHIND } else { exit::OK })
+}
