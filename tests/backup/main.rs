@@ -1,0 +1,17 @@
+//! The program on real machines: backups, restores, faults, refusals. Every history is restored and compared byte for byte with
+//! what the guest wrote.
+#![cfg(feature = "restic")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on fails")]
+
+mod borg;
+mod by_hand;
+mod directory;
+mod guest_os;
+mod history;
+mod interrupted;
+mod limits;
+mod matrix;
+mod mounted;
+mod refused;
+#[path = "../rig/mod.rs"]
+mod rig;

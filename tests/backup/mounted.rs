@@ -1,0 +1,322 @@
+//! Archives as files: what other programs make of them, and what is left when the server dies.
+
+use crate::{
+    history::{Kind, Site},
+    rig::{Bus, DiskSpec, Format, Io, MIB, Style, VmBuilder, make_ext4},
+};
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, umount2},
+    sys::signal::{Signal, kill},
+    unistd::{Pid, Whence, lseek},
+};
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{BufRead, BufReader},
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// A serving process, and where.
+struct Served {
+    child: Child,
+    dir: PathBuf,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = umount2(&self.dir, MntFlags::MNT_DETACH);
+    }
+}
+
+impl Served {
+    fn file(&self, disk: &str) -> PathBuf {
+        self.dir.join(disk)
+    }
+
+    #[track_caller]
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap()), signal).unwrap();
+    }
+
+    #[track_caller]
+    fn ends_with(&mut self, code: i32) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                assert_eq!(status.code(), Some(code));
+                return;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        panic!("the server does not end");
+    }
+}
+
+/// Whether anything is mounted there, by the kernel's list: a dead mount cannot be asked.
+fn is_mounted(dir: &Path) -> bool {
+    let dir = dir.parent().unwrap().canonicalize().unwrap().join(dir.file_name().unwrap());
+    let escaped = dir.to_str().unwrap().replace(' ', r"\040");
+    fs::read_to_string("/proc/mounts").unwrap().lines().any(|line| line.split(' ').nth(1) == Some(&escaped))
+}
+
+/// Mounts the latest archive; `None`, with the reason printed, where nothing can be mounted.
+fn mount(site: &Site, dir: &Path) -> Option<Served> {
+    if !Path::new("/dev/fuse").exists() {
+        eprintln!("skipped: there is no /dev/fuse");
+        return None;
+    }
+    let mut child = site.program.spawn(&["mount", "latest", &dir.display().to_string(), "--guest", site.guest()]);
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    if !line.is_empty() {
+        assert!(line.starts_with("pve-qemu-guest-") && line.contains("(scsi0, virtio1)"), "{line}");
+        return Some(Served { child, dir: dir.to_owned() });
+    }
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("fusermount3"), "{text}");
+    eprintln!("skipped: {text}");
+    None
+}
+
+/// A machine with data and holes on two disks, and two archives of it; the second is incremental.
+fn site() -> Site {
+    let site = Site::new(
+        Kind::Stock,
+        VmBuilder::new().disk("scsi0", 64 * MIB, Bus::VirtioScsi, Style::Blockdev, Format::Raw, Io::Main).disk(
+            "virtio1",
+            32 * MIB + 4096,
+            Bus::VirtioBlk,
+            Style::Blockdev,
+            Format::Qcow2,
+            Io::Main,
+        ),
+    );
+    site.vm.write("scsi0", 4 * MIB, 20 * MIB, 0x51);
+    site.vm.write("virtio1", 0, 8 * MIB, 0x52);
+    site.vm.write("virtio1", 32 * MIB, 4096, 0x53);
+    site.backup(&[]).ok();
+    site.vm.write("scsi0", 20 * MIB, MIB, 0x54);
+    site.vm.write("scsi0", 50 * MIB, MIB, 0x55);
+    site.backup(&["--require-incremental"]).ok();
+    site
+}
+
+fn mount_point(site: &Site) -> PathBuf {
+    let dir = site.program.dir().join("a mount");
+    fs::create_dir(&dir).unwrap();
+    dir
+}
+
+/// Runs a program that must succeed.
+#[track_caller]
+fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{program} {arguments:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+/// For reads past the page cache.
+fn open_direct(path: &Path) -> File {
+    OpenOptions::new().read(true).custom_flags(nix::libc::O_DIRECT).open(path).unwrap()
+}
+
+fn read_direct(file: &File, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
+    let mut buffer = vec![0u8; len + 4096];
+    let at = buffer.as_ptr().align_offset(4096);
+    file.read_exact_at(&mut buffer[at..at + len], offset)?;
+    Ok(buffer[at..at + len].to_vec())
+}
+
+#[test]
+fn a_mounted_archive_is_what_a_restore_writes() {
+    let site = site();
+    let dir = mount_point(&site);
+    let Some(mut served) = mount(&site, &dir) else { return };
+    let restored = site.program.restore(site.guest(), "latest");
+    let image = |disk: &str| restored.join(format!("{disk}.raw"));
+    for disk in ["scsi0", "virtio1"] {
+        let (file, image) = (served.file(disk).display().to_string(), image(disk).display().to_string());
+        run("cmp", &[&file, &image]);
+        run("qemu-img", &["compare", "-f", "raw", "-F", "raw", &file, &image]);
+        let converted = site.program.dir().join(format!("{disk}.qcow2")).display().to_string();
+        run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &file, &converted]);
+        run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", &converted, &image]);
+        let info = run("qemu-img", &["info", "-f", "raw", "--output=json", &file]);
+        let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+        assert_eq!(info["virtual-size"].as_u64(), Some(fs::metadata(&image).unwrap().len()));
+        // Programs see that the file is sparse, and do not read the holes.
+        let copy = site.program.dir().join(format!("{disk}.copy")).display().to_string();
+        run("cp", &["--sparse=auto", &file, &copy]);
+        run("cmp", &[&copy, &image]);
+    }
+
+    // Data where the guest wrote, to the segment, and nowhere else.
+    let scsi0 = File::open(served.file("scsi0")).unwrap();
+    let mib = |n: u64| i64::try_from(n * MIB).unwrap();
+    let seek = |at, whence| lseek(&scsi0, at, whence);
+    assert_eq!(seek(0, Whence::SeekData), Ok(mib(4)));
+    assert_eq!(seek(mib(4), Whence::SeekHole), Ok(mib(24)));
+    assert_eq!(seek(mib(24), Whence::SeekData), Ok(mib(50)));
+    assert_eq!(seek(mib(50), Whence::SeekHole), Ok(mib(51)));
+    assert_eq!(seek(mib(51), Whence::SeekData), Err(Errno::ENXIO));
+    drop(scsi0);
+
+    let whole = fs::read(image("scsi0")).unwrap();
+    for offset in [0, 4 * MIB - 4096, 20 * MIB + 8192, 63 * MIB] {
+        let (at, len) = (usize::try_from(offset).unwrap(), MIB as usize);
+        let read = read_direct(&open_direct(&served.file("scsi0")), offset, len).unwrap();
+        assert!(read == whole[at..at + len], "O_DIRECT at {offset}");
+    }
+    thread::scope(|scope| {
+        for number in 0..24u64 {
+            let (path, whole) = (served.file("scsi0"), &whole);
+            scope.spawn(move || {
+                for round in 0..12u64 {
+                    let offset = (number * 11 + round * 17) % 63 * MIB + number * 4096;
+                    let (at, len) = (usize::try_from(offset).unwrap(), 300 << 10);
+                    let mut buffer = vec![0; len];
+                    File::open(&path).unwrap().read_exact_at(&mut buffer, offset).unwrap();
+                    assert!(buffer == whole[at..at + len], "reader {number} at {offset}");
+                }
+            });
+        }
+    });
+
+    let write = OpenOptions::new().write(true).open(served.file("scsi0")).unwrap_err();
+    assert_eq!(write.raw_os_error(), Some(Errno::EROFS as i32));
+
+    // Somebody who has a file open keeps the mount, unless it is forced away.
+    let path = dir.display().to_string();
+    let open = open_direct(&served.file("scsi0"));
+    let refused = site.program.run(&["umount", &path]).code(11);
+    assert!(refused.stderr.contains("busy"), "{}", refused.stderr);
+    site.program.run(&["umount", "--force", &path]).ok();
+    assert!(read_direct(&open, 4 * MIB, 4096).is_err());
+    served.ends_with(0);
+    assert!(!is_mounted(&dir));
+    site.program.run(&["umount", &path]).code(2);
+}
+
+#[test]
+fn the_mount_goes_away_on_every_way_out() {
+    let site = site();
+    let dir = mount_point(&site);
+    for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143), (Signal::SIGHUP, 129)] {
+        let Some(mut served) = mount(&site, &dir) else { return };
+        served.signal(signal);
+        served.ends_with(code);
+        assert!(!is_mounted(&dir), "{signal}");
+    }
+    let Some(mut served) = mount(&site, &dir) else { return };
+    let open = open_direct(&served.file("scsi0"));
+    assert!(is_mounted(&dir));
+    served.signal(Signal::SIGTERM);
+    served.ends_with(143);
+    assert!(!is_mounted(&dir), "although a file is open");
+    assert!(read_direct(&open, 4 * MIB, 4096).is_err());
+
+    let Some(mut served) = mount(&site, &dir) else { return };
+    site.program.run(&["mount", "latest", &dir.display().to_string()]).code(2);
+    site.program.run(&["umount", &dir.display().to_string()]).ok();
+    served.ends_with(0);
+    assert!(!is_mounted(&dir));
+
+    fs::write(dir.join("file"), "").unwrap();
+    let refused = site.program.run(&["mount", "latest", &dir.display().to_string()]).code(2);
+    assert!(refused.stderr.contains("not empty"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_killed_server_gives_errors_and_the_next_mount_clears_what_it_left() {
+    let site = site();
+    let dir = mount_point(&site);
+    let Some(mut served) = mount(&site, &dir) else { return };
+    let path = served.file("scsi0");
+    let open = open_direct(&path);
+    let reader = thread::spawn(move || {
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(30) {
+            if read_direct(&open, 5 * MIB, 1 << 20).is_err() && File::open(&path).is_err() {
+                return true;
+            }
+        }
+        false
+    });
+    served.signal(Signal::SIGKILL);
+    served.child.wait().unwrap();
+    assert!(reader.join().unwrap(), "a reader goes on without a server");
+    assert!(is_mounted(&dir), "nobody is left to unmount");
+    assert_eq!(fs::read_dir(&dir).unwrap_err().raw_os_error(), Some(Errno::ENOTCONN as i32));
+
+    let mut again = mount(&site, &dir).expect("the dead mount is cleared");
+    assert!(File::open(again.file("scsi0")).is_ok());
+    again.signal(Signal::SIGKILL);
+    again.child.wait().unwrap();
+    let link = site.program.dir().join("link");
+    std::os::unix::fs::symlink("a mount", &link).unwrap();
+    site.program.run(&["umount", &link.display().to_string()]).ok();
+    assert!(!is_mounted(&dir));
+}
+
+#[test]
+fn a_server_that_hangs_does_not_keep_its_mount() {
+    let site = site();
+    let dir = mount_point(&site);
+    let Some(mut served) = mount(&site, &dir) else { return };
+    let open = open_direct(&served.file("scsi0"));
+    served.signal(Signal::SIGSTOP);
+    let reader = thread::spawn(move || read_direct(&open, 5 * MIB, 4096).is_err());
+    thread::sleep(Duration::from_millis(300));
+    assert!(!reader.is_finished(), "nobody answers");
+    site.program.run(&["umount", "--force", &dir.display().to_string()]).ok();
+    assert!(reader.join().unwrap(), "the reader is freed with an error");
+    assert!(!is_mounted(&dir));
+    served.signal(Signal::SIGCONT);
+    served.ends_with(0);
+}
+
+/// Ends the loop device.
+struct Loop(String);
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_file_system_in_a_mounted_archive_is_sound() {
+    let room = tempfile::tempdir().unwrap();
+    let (tree, image) = (room.path().join("tree"), room.path().join("ext4.raw"));
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("file"), "what the guest keeps\n").unwrap();
+    make_ext4(&image, 64 * MIB, Some(&tree));
+    let scsi0 = DiskSpec { content: Some(image.clone()), ..DiskSpec::new("scsi0", 64 * MIB) };
+    let virtio1 = DiskSpec::new("virtio1", 8 * MIB);
+    let site = Site::new(Kind::Stock, VmBuilder::new().disk_spec(scsi0).disk_spec(virtio1));
+    site.backup(&[]).ok();
+    let dir = mount_point(&site);
+    let Some(served) = mount(&site, &dir) else { return };
+    let file = served.file("scsi0").display().to_string();
+    run("e2fsck", &["-fn", &file]);
+    assert_eq!(run("debugfs", &["-R", "cat /file", &file]), "what the guest keeps\n");
+    let device =
+        Command::new("losetup").args(["--read-only", "--find", "--show", &file]).stderr(Stdio::piped()).output();
+    match device {
+        Ok(output) if output.status.success() => {
+            let device = Loop(String::from_utf8_lossy(&output.stdout).trim().to_owned());
+            run("e2fsck", &["-fn", &device.0]);
+            run("cmp", &[&device.0, &image.display().to_string()]);
+        }
+        Ok(output) => eprintln!("skipped: no loop device: {}", String::from_utf8_lossy(&output.stderr)),
+        Err(error) => eprintln!("skipped: no losetup: {error}"),
+    }
+}
