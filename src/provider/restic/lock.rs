@@ -7,13 +7,12 @@
 //! The host's name in it is not the real one on purpose: of a lock of its own host, `restic unlock` finds out whether the
 //! process is alive *by sending it SIGHUP*.
 
+use super::seal::{SealKey, cipher, seal};
 use crate::provider::{ErrorKind, ProviderError};
-use aes256ctr_poly1305aes::{
-    Aes256CtrPoly1305Aes, Key, Nonce,
-    aead::{Aead, AeadInPlace},
-};
+use aes256ctr_poly1305aes::{Nonce, aead::Aead};
 use jiff::{Timestamp, ToSpan};
 use rustic_core::{Id, repofile::MasterKey};
+use secrecy::ExposeSecret as _;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
@@ -55,7 +54,7 @@ struct Content {
 /// A directory of locks, and the key to it.
 struct Locks {
     directory: PathBuf,
-    key: secrecy::SecretBox<[u8; 64]>,
+    key: secrecy::SecretBox<SealKey>,
     host: String,
 }
 
@@ -170,11 +169,6 @@ impl Locks {
         ProviderError::caused_by(kind, format!("a lock in {} {what}", self.directory.display()), error)
     }
 
-    fn cipher(&self) -> Aes256CtrPoly1305Aes {
-        use secrecy::ExposeSecret;
-        Aes256CtrPoly1305Aes::new(Key::from_slice(self.key.expose_secret()))
-    }
-
     fn write(&self) -> std::io::Result<Held> {
         let since = Timestamp::now();
         let content = Content {
@@ -186,14 +180,7 @@ impl Locks {
             uid: nix::unistd::getuid().as_raw(),
             gid: nix::unistd::getgid().as_raw(),
         };
-        let mut nonce = Nonce::default();
-        File::open("/dev/urandom")?.read_exact(&mut nonce)?;
-        let mut body = serde_json::to_vec(&content)?;
-        let tag = self
-            .cipher()
-            .encrypt_in_place_detached(&nonce, &[], &mut body)
-            .map_err(|_| std::io::Error::other("encryption failed"))?;
-        let file = [&nonce[..], &body[..], &tag[..]].concat();
+        let file = seal(self.key.expose_secret(), serde_json::to_vec(&content)?)?;
         let digest: [u8; 32] = Sha256::digest(&file).into();
         let name = Id::new(digest).to_hex().to_string();
         let path = self.directory.join(name);
@@ -207,7 +194,7 @@ impl Locks {
         let mut file = Vec::new();
         File::open(path).ok()?.take(MAX_FILE).read_to_end(&mut file).ok()?;
         let (nonce, body) = file.split_at_checked(16)?;
-        let mut text = self.cipher().decrypt(Nonce::from_slice(nonce), body).ok()?;
+        let mut text = cipher(self.key.expose_secret()).decrypt(Nonce::from_slice(nonce), body).ok()?;
         if text.first() == Some(&COMPRESSED) {
             let mut plain = Vec::new();
             zstd::stream::read::Decoder::new(&text[1..]).ok()?.take(MAX_FILE).read_to_end(&mut plain).ok()?;
@@ -256,11 +243,9 @@ mod tests {
         let mut content = locks.read(&held.path).expect("readable");
         fs::remove_file(held.path).expect("removed");
         change(&mut content);
-        let mut body = serde_json::to_vec(&content).expect("json");
-        let nonce = Nonce::default();
-        let tag = locks.cipher().encrypt_in_place_detached(&nonce, &[], &mut body).expect("encrypted");
-        let name = format!("{:064x}", body.len());
-        fs::write(locks.directory.join(name), [&nonce[..], &body[..], &tag[..]].concat()).expect("written");
+        let file = seal(locks.key.expose_secret(), serde_json::to_vec(&content).expect("json")).expect("sealed");
+        let name = format!("{:064x}", file.len());
+        fs::write(locks.directory.join(name), file).expect("written");
     }
 
     #[test]

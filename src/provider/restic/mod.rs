@@ -43,11 +43,13 @@
 
 mod backend;
 mod error;
+mod key;
 mod layout;
 mod lock;
 mod open;
 mod options;
 mod reader;
+mod seal;
 mod source;
 mod store;
 mod verify;

@@ -4,7 +4,8 @@ use super::{
     CHUNK, PACK, ResticProvider,
     backend::{Farewell, GuardedBackend},
     error::{Secrets, wrap},
-    options::{MissingFile, ResticOptions},
+    key::quicken,
+    options::{MissingFile, Password, ResticOptions},
 };
 use crate::provider::{ErrorKind, ProviderError};
 use bytesize::ByteSize;
@@ -96,6 +97,7 @@ impl ResticProvider {
                 format!("there already is a repository at {}", place.shown),
             ));
         }
+        let made_now = matches!(&options.password, Password::File(path) if matches!(path.try_exists(), Ok(false)));
         let password = options.password.read(MissingFile::Create)?;
         if let Some(path) = options.local_path() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|e| {
@@ -122,6 +124,9 @@ impl ResticProvider {
         config.set_datapack_size_limit = Some(ByteSize(PACK));
         config.set_treepack_size_limit = Some(ByteSize(PACK));
         let repository = repository.init(&credentials(&password), &KeyOptions::default(), &config).map_err(failed)?;
+        if made_now && let Err(error) = quicken(&backend, &repository, &password) {
+            tracing::warn!("{shown} keeps its slow key: {error}");
+        }
         Ok(Self::with(options, shown, secrets, backend, how, repository))
     }
 
