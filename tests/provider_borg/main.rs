@@ -244,9 +244,8 @@ fn a_changed_segment_that_borg_takes_for_unchanged_fails_the_backup() {
     f.clock = f.clock.checked_sub(1.hour()).unwrap();
     let other: Content = (0..50).map(|i| (i, segment_bytes(2, i))).collect();
     let error = f.backup(vec![Disk::full("scsi0", &other)]).unwrap_err();
-    // Noticed at the end of the disk, or when borg comes to the manifest, which is not given away then.
     assert_eq!(error.kind, ErrorKind::Incomplete, "{error}");
-    assert!(["was not read", "manifest.json"].iter().any(|why| error.message.contains(why)), "{error}");
+    assert!(error.message.contains("was not read"), "{error}");
     f.assert_nothing_stored(1);
 }
 

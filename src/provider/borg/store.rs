@@ -160,6 +160,10 @@ impl BorgProvider {
             Known::forget(options, &guest);
         }
         let finished = result?;
+        if let Some(gap) = gap {
+            // The view knows why; borg only saw an input/output error.
+            return Err(failed(gap.clone()));
+        }
         self.succeeded(&finished, "the archive cannot be stored")?;
         for message in finished.messages.iter().filter(|m| m.level == "WARNING") {
             if paths.iter().any(|path| message.text.starts_with(path.as_str())) {
