@@ -1,9 +1,6 @@
 //! Real machines to a borg repository, by way of the segment view.
 
-use crate::{
-    history::{Kind, Site},
-    rig::{Bus, Format, Io, LoadPlan, MIB, Run, Style, VmBuilder, old_qemu},
-};
+use crate::rig::{Bus, Format, Io, Kind, LoadPlan, MIB, Run, Site, Style, VmBuilder, old_qemu};
 use std::{fs, path::PathBuf, process::Command, time::Duration};
 
 /// Two disks, and the default target in a new borg repository.

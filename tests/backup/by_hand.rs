@@ -1,8 +1,7 @@
 //! Accesses by hand: what an operator sees is the instant, and backups go on as if he had never looked.
 
-use crate::{
-    history::{Kind, Site},
-    rig::{BlockState, Bus, Fault, Format, Io, LoadPlan, MIB, Run, Style, VmBuilder, no_files_left, old_qemu},
+use crate::rig::{
+    BlockState, Bus, Fault, Format, Io, Kind, LoadPlan, MIB, Run, Site, Style, VmBuilder, no_files_left, old_qemu,
 };
 use serde_json::{Value, json};
 use std::{path::PathBuf, process::Command, time::Duration};

@@ -1,10 +1,7 @@
 //! The target `directory`: {Proxmox, stock} × {full and incremental under load, idle}, each archive restored twice, by the
 //! program and by nothing but `qemu-img convert`.
 
-use crate::{
-    history::{Kind, Site},
-    rig::{Bus, Format, Io, LoadPlan, MIB, Style, VmBuilder, old_qemu},
-};
+use crate::rig::{Bus, Format, Io, Kind, LoadPlan, MIB, Site, Style, VmBuilder, old_qemu};
 use std::{
     ops::RangeInclusive,
     path::{Path, PathBuf},

@@ -1,11 +1,8 @@
 //! A guest with an operating system: its own order of writes, a file system, an agent.
 
-use crate::{
-    history::{Kind, Site},
-    rig::{
-        BOOT_LIMIT, Bus, DiskSpec, Format, Io, MIB, Style, TinyKit, TinyTask, VmBuilder, assert_ext4_sound, litmus,
-        make_ext4,
-    },
+use crate::rig::{
+    BOOT_LIMIT, Bus, DiskSpec, Format, Io, Kind, MIB, Site, Style, TinyKit, TinyTask, VmBuilder, assert_ext4_sound,
+    litmus, make_ext4,
 };
 use std::{fs, path::Path, time::Duration};
 

@@ -1,9 +1,6 @@
 //! Runs that are stopped: by signals, and by SIGKILL.
 
-use crate::{
-    history::{Kind, Site},
-    rig::{Bus, Format, Io, LoadPlan, MIB, Style, VmBuilder, old_qemu},
-};
+use crate::rig::{Bus, Format, Io, Kind, LoadPlan, MIB, Site, Style, VmBuilder, old_qemu};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,

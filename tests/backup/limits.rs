@@ -1,9 +1,6 @@
 //! Where room ends: huge disks, and fleecing images that fill up.
 
-use crate::{
-    history::{Kind, Site},
-    rig::{Bus, Format, Image, Io, LoadPlan, MIB, Style, VmBuilder},
-};
+use crate::rig::{Bus, Format, Image, Io, Kind, LoadPlan, MIB, Site, Style, VmBuilder};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::{os::unix::fs::MetadataExt, path::PathBuf};
 

@@ -7,7 +7,6 @@ mod borg;
 mod by_hand;
 mod directory;
 mod guest_os;
-mod history;
 mod interrupted;
 mod limits;
 mod matrix;

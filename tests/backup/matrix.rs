@@ -1,9 +1,6 @@
 //! {Proxmox, stock} × {kinds of disks} × {full, incremental under load, idle, bitmap lost, resized, new disk}.
 
-use crate::{
-    history::{Kind, Site},
-    rig::{BlockState, Bus, Format, Io, LoadPlan, MIB, Style, VmBuilder, old_qemu},
-};
+use crate::rig::{BlockState, Bus, Format, Io, Kind, LoadPlan, MIB, Site, Style, VmBuilder, old_qemu};
 use serde_json::json;
 use std::time::Duration;
 

@@ -1,9 +1,6 @@
 //! Archives as files: what other programs make of them, and what is left when the server dies.
 
-use crate::{
-    history::{Kind, Site},
-    rig::{Bus, DiskSpec, Format, Io, MIB, Style, VmBuilder, make_ext4},
-};
+use crate::rig::{Bus, DiskSpec, Format, Io, Kind, MIB, Site, Style, VmBuilder, make_ext4};
 use nix::{
     errno::Errno,
     mount::{MntFlags, umount2},

@@ -1,9 +1,6 @@
 //! Bad input and what stands in the way: a clear error, its exit code, and nothing changed.
 
-use crate::{
-    history::{Kind, Site},
-    rig::{Bus, Format, Io, MIB, Program, Style, VmBuilder},
-};
+use crate::rig::{Bus, Format, Io, Kind, MIB, Program, Site, Style, VmBuilder};
 use serde_json::json;
 
 fn site(kind: Kind) -> Site {

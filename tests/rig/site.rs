@@ -1,6 +1,6 @@
 //! A machine, an installation of the program, and what they go through together.
 
-use crate::rig::{BitmapInfo, BitmapRule, BlockState, Program, Run, Vm, VmBuilder, no_files_left};
+use super::{BitmapInfo, BitmapRule, BlockState, Program, Run, Vm, VmBuilder, no_files_left};
 use std::{ops::RangeInclusive, path::Path, process::Child};
 
 /// VMID of machines that are Proxmox guests.
