@@ -5,16 +5,18 @@
 
 mod plan;
 mod provider_thread;
+mod retain;
 
 pub use plan::{Baseline, FullNeeded, Selection};
 pub use provider_thread::ProviderThread;
+pub use retain::{Judged, prune};
 
 use crate::{
     access::{
         self, AccessPlan, ActiveAccess, BitmapAction, BitmapMode, DiskPlan, Fleecing, FreezeMode, SnapshotAccess,
         Teardown, proxmox::ProxmoxAccess, stock::StockAccess,
     },
-    archive::{ArchiveName, DiskEntry, Manifest, SkippedDisk},
+    archive::{ArchiveName, DiskEntry, Manifest, Retention, SkippedDisk},
     config::Dirs,
     copy::{self, Budget, CopyError, Counters, DiskMap, DiskReader, RateLimit, Settings, Source},
     generation::{DiskGeneration, Record},
@@ -73,6 +75,8 @@ pub struct Options {
     pub segment_len: Option<SegmentLen>,
     /// Bytes a second to read at most.
     pub rate: Option<u64>,
+    /// Which archives of the guest are kept after a backup; all if not set.
+    pub retention: Option<Retention>,
     /// Program that manages Proxmox storages.
     pub pvesm: std::path::PathBuf,
 }
@@ -93,6 +97,9 @@ pub async fn run(
     let events = &events.also_to(log.clone());
     let mut summary = Summary { guest: guest.id.to_string(), name: guest.name.clone(), ..Summary::default() };
     let result = guarded(guest, options, provider, events, cancel, &mut summary).await;
+    if let (Ok(()), Some(rules)) = (&result, &options.retention) {
+        retain::after_backup(guest.id.as_str(), rules, provider, events, cancel).await;
+    }
     summary.duration = start.elapsed();
     summary.ok = result.is_ok();
     summary.error = result.as_ref().err().map(|error| format!("{error:#}"));

@@ -7,6 +7,7 @@ pub mod exit;
 mod info;
 mod list;
 mod mount;
+mod prune;
 mod recover;
 mod restore;
 mod stop;
@@ -65,6 +66,11 @@ enum Command {
     List(list::ListArgs),
     /// Show what an archive holds
     Info(info::InfoArgs),
+    /// Remove the archives of a target that no rule keeps
+    ///
+    /// The rules are vzdump's: keep-last, keep-hourly, keep-daily, keep-weekly, keep-monthly, keep-yearly. A target's own are
+    /// applied after every backup, too. A guest's newest archive is never removed.
+    Prune(prune::PruneArgs),
     /// Show an archive's disks as files, until unmounted or stopped
     Mount(mount::MountArgs),
     /// Unmount what `mount` mounted
@@ -174,6 +180,7 @@ async fn dispatch(command: Command, context: Context) -> Result<u8> {
         Command::Restore(args) => restore::run(args, context).await,
         Command::List(args) => list::run(args, context).await,
         Command::Info(args) => info::run(args, context).await,
+        Command::Prune(args) => prune::run(args, context).await,
         Command::Mount(args) => mount::run(args, context).await,
         Command::Umount(args) => mount::umount(args).await,
         Command::Recover(args) => recover::run(args, context).await,

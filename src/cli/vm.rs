@@ -3,8 +3,9 @@
 use super::{Context, Usage, exit, say};
 use crate::{
     access::{Fleecing, FleecingFormat, FreezeMode},
+    archive::Retention,
     backup::{self, Options, ProviderThread, Selection},
-    config::{create_private_dir, size},
+    config::{TargetTable, create_private_dir, size},
     guest::{self, Guest, GuestError, GuestId},
     report::{Event, Events, Monitor},
 };
@@ -57,6 +58,9 @@ pub(super) struct VmArgs {
     /// Read at most so much a second: KiB, or with a unit (200MiB)
     #[arg(long, value_name = "RATE")]
     bwlimit: Option<String>,
+    /// What to keep of the guest's archives afterwards, as in vzdump: keep-last=3,keep-daily=7 [default: the target's]
+    #[arg(long, value_name = "RULES")]
+    prune_backups: Option<Retention>,
     /// How long to wait for another client of the QMP socket: minutes, or with a unit (90s)
     #[arg(long, value_name = "TIME", value_parser = parse_wait)]
     lockwait: Option<Duration>,
@@ -82,7 +86,7 @@ pub(super) fn parse_freeze(text: &str) -> Result<FreezeMode, String> {
 pub(super) async fn run(args: VmArgs, context: Context) -> Result<u8> {
     let guests = find_guests(&args, &context)?;
     let (target, table) = context.config.target(args.target.as_deref(), &context.dirs.state)?;
-    let options = options(&args, &context, target.clone())?;
+    let options = options(&args, &context, target.clone(), &table)?;
     let dirs = context.dirs.clone();
     let warnings = Arc::new(Counting { inner: context.monitor.clone(), warnings: AtomicUsize::new(0) });
     let provider = tokio::task::spawn_blocking(move || crate::provider::for_target(&target, &table, &dirs)).await??;
@@ -147,7 +151,12 @@ pub(super) fn find_guest(name: &str, context: &Context) -> Result<Guest> {
     Err(GuestError::NotFound { id, looked: vec![context.dirs.config.join("config.toml")] }.into())
 }
 
-fn options(args: &VmArgs, context: &Context, target: String) -> Result<Options> {
+fn options(args: &VmArgs, context: &Context, target: String, table: &TargetTable) -> Result<Options> {
+    if let (Some(_), Some(how)) = (&args.prune_backups, table.retention_elsewhere()) {
+        return Err(
+            Usage(format!("--prune-backups: pvebackup removes no archives of target `{target}`: use {how}")).into()
+        );
+    }
     let defaults = &context.config.defaults;
     Ok(Options {
         dirs: context.dirs.clone(),
@@ -169,6 +178,7 @@ fn options(args: &VmArgs, context: &Context, target: String) -> Result<Options> 
             .map_err(|e| Usage(format!("--bwlimit: {e}")))?
             .flatten()
             .map(std::num::NonZeroU64::get),
+        retention: args.prune_backups.clone().or_else(|| table.retention().cloned()),
         pvesm: pvesm(),
     })
 }

@@ -1,6 +1,9 @@
 //! The configuration file.
 
-use crate::access::{FleecingFormat, FreezeMode};
+use crate::{
+    access::{FleecingFormat, FreezeMode},
+    archive::Retention,
+};
 use serde::Deserialize;
 use std::{
     collections::BTreeMap,
@@ -120,6 +123,9 @@ pub enum TargetTable {
         secret_files: BTreeMap<String, PathBuf>,
         /// zstd level.
         compression: Option<i32>,
+        /// Always an error, which says what to use.
+        #[serde(default, deserialize_with = "retention")]
+        prune_backups: Option<Retention>,
     },
     /// A borg repository, by an unmodified `borg`.
     #[serde(rename_all = "kebab-case")]
@@ -146,6 +152,9 @@ pub enum TargetTable {
         /// More arguments for `borg create`.
         #[serde(default)]
         extra_arguments: Vec<String>,
+        /// Which archives of a guest are kept after a backup, all if not set.
+        #[serde(default, deserialize_with = "retention")]
+        prune_backups: Option<Retention>,
     },
     /// A directory of qcow2 images.
     #[serde(rename_all = "kebab-case")]
@@ -157,6 +166,12 @@ pub enum TargetTable {
         mode: crate::provider::directory::Mode,
         /// Most images that a disk of an archive may consist of, 64 if not set.
         max_chain: Option<u16>,
+        /// Which archives of a guest are kept after a backup, all if not set.
+        #[serde(default, deserialize_with = "retention")]
+        prune_backups: Option<Retention>,
+        /// What becomes of an archive that no rule keeps while later ones build on it: `merge` (if not set) or `refuse`.
+        #[serde(default)]
+        on_chain: crate::provider::directory::OnChain,
     },
     /// Stores nothing; for measuring.
     Null,
@@ -223,7 +238,11 @@ impl Config {
 
     fn validate(&self) -> Result<(), ConfigError> {
         let bad = |what: String, why: &str| Err(ConfigError::Value { what, why: why.into() });
-        for name in self.target.keys() {
+        for (name, table) in &self.target {
+            if let (Some(_), Some(how)) = (table.retention(), table.retention_elsewhere()) {
+                let why = format!("pvebackup removes no archives of such a target: use {how}");
+                return bad(format!("target.{name}.prune-backups"), &why);
+            }
             if !is_target_name(name) {
                 return bad(format!("target.{name}"), "at most 32 letters, digits, `-`, `_`");
             }
@@ -286,6 +305,28 @@ impl TargetTable {
             options: BTreeMap::new(),
             secret_files: BTreeMap::new(),
             compression: None,
+            prune_backups: None,
+        }
+    }
+
+    /// Which archives of a guest are kept after a backup; all if not set.
+    pub fn retention(&self) -> Option<&Retention> {
+        match self {
+            Self::Restic { prune_backups, .. }
+            | Self::Borg { prune_backups, .. }
+            | Self::Directory { prune_backups, .. } => prune_backups.as_ref(),
+            Self::Null => None,
+        }
+    }
+
+    /// What removes archives instead of this program, if it does not do that itself.
+    pub fn retention_elsewhere(&self) -> Option<String> {
+        match self {
+            Self::Restic { repository, .. } => Some(format!(
+                "`restic forget --repo {repository} --tag pvebackup --group-by host --keep-daily 7 … --prune`"
+            )),
+            Self::Null => Some("nothing: it has none".into()),
+            Self::Borg { .. } | Self::Directory { .. } => None,
         }
     }
 }
@@ -299,6 +340,10 @@ fn is_target_name(name: &str) -> bool {
 fn duration<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
     let text = String::deserialize(deserializer)?;
     humantime::parse_duration(&text).map(Some).map_err(serde::de::Error::custom)
+}
+
+fn retention<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Retention>, D::Error> {
+    String::deserialize(deserializer)?.parse().map(Some).map_err(serde::de::Error::custom)
 }
 
 #[cfg(test)]
@@ -353,6 +398,11 @@ mod tests {
         assert!(fails("[target.by-hand]\nprovider = 'null'").contains("pvebackup access"));
         assert!(fails("[target.'a b']\nprovider = 'null'").contains("target.a b"));
         assert!(fails("[guest.7]\nqmp = '/q'").contains("VMID"));
+        let restic = "[target.x]\nprovider = 'restic'\nrepository = '/r'\nprune-backups = 'keep-last=1'";
+        assert!(fails(restic).contains("restic forget --repo /r"));
+        assert!(
+            fails("[target.x]\nprovider = 'borg'\nrepository = '/r'\nprune-backups = 'keep=1'").contains("keep-last")
+        );
         assert!(fails("[defaults]\nsegment-size = '3MiB'").contains("power of two"));
         let config = Config::default();
         assert!(config.target(Some("nope"), Path::new("/")).expect_err("none").to_string().contains("local"));

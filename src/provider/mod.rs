@@ -142,6 +142,30 @@ pub struct ArchiveInfo {
     pub added_bytes: Option<u64>,
 }
 
+/// Archives of one guest to be removed, because no retention rule keeps them.
+#[derive(Clone, Debug)]
+pub struct PruneRequest {
+    /// The guest.
+    pub guest: String,
+    /// Its archives to remove; never its newest.
+    pub remove: Vec<ArchiveId>,
+    /// Change nothing, only find out what would happen.
+    pub dry_run: bool,
+    /// Set when it is to stop: between two archives, or in the middle of one, which then stays.
+    pub cancel: CancellationToken,
+}
+
+/// What became of an archive that was to be removed, or would become of it in a dry run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pruned {
+    /// It is gone.
+    Removed,
+    /// It is gone, and later archives took over what they need of it.
+    Merged,
+    /// It is still there, complete, and why.
+    Kept(String),
+}
+
 /// What kind of failure, for exit codes and for the decision to go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
@@ -234,6 +258,13 @@ pub trait Provider: Send {
 
     /// Archives in the repository, oldest first, of one guest or of all.
     fn list(&mut self, guest: Option<&str>) -> Result<Vec<ArchiveInfo>, ProviderError>;
+
+    /// Removes archives of one guest; at every point the others are what they were. Not between `backup_init` and
+    /// `backup_cleanup` of another guest. Same order as [`PruneRequest::remove`].
+    fn prune(&mut self, _request: PruneRequest) -> Result<Vec<Pruned>, ProviderError> {
+        let message = format!("a {} target removes no archives", self.kind());
+        Err(ProviderError::new(ErrorKind::Other, message))
+    }
 
     /// Opens an archive for reading.
     fn open(&mut self, archive: &ArchiveId) -> Result<Box<dyn ArchiveReader>, ProviderError>;

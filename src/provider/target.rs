@@ -3,11 +3,10 @@
 use super::{
     ErrorKind, Provider, ProviderError,
     borg::{BorgOptions, BorgProvider, Passphrase},
-    directory::{DirectoryOptions, DirectoryProvider, Mode},
+    directory::{DirectoryOptions, DirectoryProvider},
     null::NullProvider,
 };
 use crate::config::{Dirs, TargetTable};
-use std::path::Path;
 
 /// The provider of a target.
 ///
@@ -19,9 +18,7 @@ use std::path::Path;
 pub fn for_target(name: &str, table: &TargetTable, dirs: &Dirs) -> Result<Box<dyn Provider>, ProviderError> {
     match table {
         TargetTable::Null => Ok(Box::new(NullProvider::new())),
-        TargetTable::Directory { path, mode, max_chain } => {
-            Ok(Box::new(DirectoryProvider::open(&directory(path, *mode, *max_chain))?))
-        }
+        TargetTable::Directory { .. } => Ok(Box::new(DirectoryProvider::open(&directory(name, table)?)?)),
         TargetTable::Restic { .. } => open_restic(name, table, dirs),
         TargetTable::Borg { .. } => Ok(Box::new(BorgProvider::open(borg_options(name, table, dirs)?)?)),
     }
@@ -34,9 +31,7 @@ pub fn for_target(name: &str, table: &TargetTable, dirs: &Dirs) -> Result<Box<dy
 pub fn init_target(name: &str, table: &TargetTable, dirs: &Dirs) -> Result<String, ProviderError> {
     match table {
         TargetTable::Null => Err(ProviderError::new(ErrorKind::Other, format!("target `{name}` needs no repository"))),
-        TargetTable::Directory { path, mode, max_chain } => {
-            DirectoryProvider::init(&directory(path, *mode, *max_chain))?.repository_id()
-        }
+        TargetTable::Directory { .. } => DirectoryProvider::init(&directory(name, table)?)?.repository_id(),
         TargetTable::Restic { .. } => init_restic(name, table),
         TargetTable::Borg { .. } => BorgProvider::init(borg_options(name, table, dirs)?)?.repository_id(),
     }
@@ -54,6 +49,7 @@ fn borg_options(name: &str, table: &TargetTable, dirs: &Dirs) -> Result<BorgOpti
         lock_wait,
         upload_ratelimit,
         extra_arguments,
+        ..
     } = table
     else {
         return Err(ProviderError::new(ErrorKind::Other, format!("target `{name}` is no borg repository")));
@@ -86,9 +82,17 @@ fn borg_options(name: &str, table: &TargetTable, dirs: &Dirs) -> Result<BorgOpti
     Ok(options)
 }
 
-fn directory(path: &Path, mode: Mode, max_chain: Option<u16>) -> DirectoryOptions {
-    let max_chain = max_chain.map_or(DirectoryOptions::MAX_CHAIN, usize::from);
-    DirectoryOptions { path: path.to_owned(), mode, max_chain }
+fn directory(name: &str, table: &TargetTable) -> Result<DirectoryOptions, ProviderError> {
+    let TargetTable::Directory { path, mode, max_chain, on_chain, .. } = table else {
+        return Err(ProviderError::new(ErrorKind::Other, format!("target `{name}` is no directory")));
+    };
+    let mut options = DirectoryOptions::new(path);
+    options.mode = *mode;
+    options.on_chain = *on_chain;
+    if let Some(images) = max_chain {
+        options.max_chain = usize::from(*images);
+    }
+    Ok(options)
 }
 
 #[cfg(feature = "restic")]
@@ -119,8 +123,9 @@ mod with_restic {
     }
 
     fn options(name: &str, table: &TargetTable) -> Result<ResticOptions, ProviderError> {
-        let TargetTable::Restic { repository, password_file, password_command, options, secret_files, compression } =
-            table
+        let TargetTable::Restic {
+            repository, password_file, password_command, options, secret_files, compression, ..
+        } = table
         else {
             return Err(ProviderError::new(ErrorKind::Other, format!("target `{name}` is no restic repository")));
         };

@@ -135,6 +135,33 @@ fn proxmox_history_into_borg() {
 }
 
 #[test]
+fn retention_in_borg() {
+    let Some(site) = site(Kind::Stock) else { return };
+    let mut all = Vec::new();
+    for byte in 1..5 {
+        site.vm.write("scsi0", MIB, MIB, byte);
+        let more: &[&str] = if byte < 4 { &[] } else { &["--require-incremental", "--prune-backups", "keep-last=2"] };
+        all.push(site.backup(more).ok().summary()["archive"].as_str().unwrap().to_owned());
+    }
+    let listed = || {
+        let list = site.program.run(&["list", "--json"]).ok();
+        list.events().iter().map(|line| line["archive"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(listed(), all[2..]);
+    let run = site.program.run(&["prune"]).code(2);
+    assert!(run.stderr.contains("prune-backups"), "{}", run.stderr);
+    site.program.run(&["prune", "--prune-backups", "keep-last=1", "--dry-run"]).ok();
+    assert_eq!(listed(), all[2..]);
+    site.program.run(&["prune", "--prune-backups", "keep-last=1"]).ok();
+    assert_eq!(listed(), all[3..]);
+    borg(&site, &["check", &site.program.dir().join("attic").display().to_string()]);
+    site.vm.write("virtio1", MIB, MIB, 9);
+    site.backup(&["--require-incremental"]).ok();
+    site.assert_restores_now(&["scsi0", "virtio1"]);
+    nothing_mounted(&site);
+}
+
+#[test]
 fn what_stands_in_the_way_of_borg_is_told() {
     let Some(site) = site(Kind::Stock) else { return };
     let dir = site.program.dir().to_owned();

@@ -169,6 +169,70 @@ fn proxmox_history_in_a_directory() {
     history(Kind::Proxmox);
 }
 
+/// Incrementals forever, of which the newest three stay.
+fn retention(kind: Kind) {
+    if skipped(kind) {
+        return;
+    }
+    let it = DirectorySite::new(kind, two_disks(kind), "prune-backups = 'keep-last=3'");
+    let (site, vm) = (&it.site, &it.site.vm);
+    let mut windows = Vec::new();
+    for seed in 1..8 {
+        let load = vm.load(LoadPlan::seeded(seed).pause(Duration::from_millis(5)));
+        load.wait_for(5);
+        let start = vm.mark();
+        let run = site.backup(if seed == 1 { &[] } else { &["--require-incremental"] }).ok();
+        windows.push(start..=vm.mark());
+        load.stop();
+        assert_eq!(run.stdout.contains("was removed"), seed > 3, "{}", run.stdout);
+        let (archives, _) = it.archives();
+        let first = windows.len().saturating_sub(3);
+        assert_eq!(archives.len(), windows.len() - first);
+        for (archive, window) in archives.iter().zip(&windows[first..]) {
+            it.assert_converts(archive, window.clone());
+        }
+        site.assert_restores(&it.disks(), windows.last().unwrap().clone());
+        site.assert_nothing_left();
+    }
+    let (archives, _) = it.archives();
+    let info = |archive: &Path| {
+        let output = Command::new("qemu-img").arg("info").arg(archive.join("scsi0.qcow2")).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(!info(&archives[0]).contains("backing file"), "the oldest needs no other");
+    assert!(info(&archives[1]).contains("backing file"));
+    let log = std::fs::read_to_string(archives[2].join("backup.log")).unwrap();
+    assert!(log.contains("was removed"), "{log}");
+
+    // By hand, with other rules.
+    let by_hand = |more: &[&str]| site.program.run(&[&["prune", "--prune-backups", "keep-last=1"], more].concat());
+    let run = by_hand(&["--dry-run"]).ok();
+    assert_eq!(run.stdout.matches("would be merged").count(), 2, "{}", run.stdout);
+    assert_eq!(it.archives().0.len(), 3);
+    let run = by_hand(&[site.guest(), "--json"]).ok();
+    let fates: Vec<String> = run.events().iter().map(|line| line["fate"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(fates, ["merged", "merged", "kept"]);
+    assert_eq!(it.archives().0, archives[2..]);
+    it.assert_restores(windows.last().unwrap().clone());
+    assert!(!info(&archives[2]).contains("backing file"));
+    vm.write("scsi0", MIB, 4096, 0x77);
+    site.backup(&["--require-incremental", "--prune-backups", "keep-last=1"]).ok();
+    assert_eq!(it.archives().0.len(), 1);
+    it.assert_restores(vm.mark()..=vm.mark());
+    site.program.run(&["prune", "--prune-backups", "keep-first=1"]).code(2);
+    site.program.run(&["prune", "101"]).code(20);
+}
+
+#[test]
+fn stock_retention_in_a_directory() {
+    retention(Kind::Stock);
+}
+
+#[test]
+fn proxmox_retention_in_a_directory() {
+    retention(Kind::Proxmox);
+}
+
 #[test]
 fn full_mode_reads_everything_every_time() {
     let it = DirectorySite::new(Kind::Stock, two_disks(Kind::Stock), "mode = 'full'");

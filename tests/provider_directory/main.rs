@@ -3,6 +3,7 @@
 
 mod fixture;
 mod hostile;
+mod retention;
 
 use fixture::*;
 use jiff::{Timestamp, ToSpan};

@@ -33,12 +33,13 @@ pub use options::{BorgOptions, Passphrase};
 
 use super::{
     ArchiveInfo, ArchiveReader, BackupInput, DiskQuery, ErrorKind, Incremental, Outcome, Provider, ProviderError,
-    Stored,
+    PruneRequest, Pruned, Stored,
 };
 use crate::{
     archive::{ArchiveId, ArchiveName},
     config::create_private_dir,
     fuse::mounts,
+    report::spelled_out,
     segment::SegmentTable,
 };
 use command::{Borg, Call, Finished};
@@ -253,6 +254,28 @@ impl Provider for BorgProvider {
             .collect();
         archives.sort_by(|a, b| (a.name.time(), &a.name).cmp(&(b.name.time(), &b.name)));
         Ok(archives)
+    }
+
+    fn prune(&mut self, request: PruneRequest) -> Result<Vec<Pruned>, ProviderError> {
+        let listing = self.listing()?;
+        let mut fates = Vec::with_capacity(request.remove.len());
+        for id in &request.remove {
+            let name = listing.name(id).filter(|name| name.guest() == request.guest);
+            fates.push(match name {
+                None => Pruned::Kept("it is no archive of this guest".into()),
+                Some(_) if request.dry_run => Pruned::Removed,
+                Some(_) if request.cancel.is_cancelled() => Pruned::Kept("stopped by a signal".into()),
+                Some(name) => {
+                    self.delete(&name.to_string()).map_or_else(|e| Pruned::Kept(spelled_out(&e)), |()| Pruned::Removed)
+                }
+            });
+        }
+        // Only this frees space.
+        if fates.contains(&Pruned::Removed) && !request.dry_run && !request.cancel.is_cancelled() {
+            let finished = self.borg.run(&Call { verb: "compact", ..Call::default() })?;
+            self.succeeded(&finished, "the space of removed archives cannot be freed")?;
+        }
+        Ok(fates)
     }
 
     fn open(&mut self, archive: &ArchiveId) -> Result<Box<dyn ArchiveReader>, ProviderError> {

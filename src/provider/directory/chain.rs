@@ -145,24 +145,35 @@ pub(super) fn manifest(archive: &Dir, guest: &GuestId, epoch: Epoch) -> Result<M
     Ok(manifest)
 }
 
+fn seal(disks: &Dir, name: &str) -> Result<Seal, ProviderError> {
+    let at = disks.path().join(name);
+    let bytes = disks.read(name, MAX_SEAL).map_err(|e| failed(ErrorKind::Damaged, "cannot read", &at, e))?;
+    serde_json::from_slice(&bytes)
+        .map_err(|e| ProviderError::caused_by(ErrorKind::Damaged, format!("{} cannot be used", at.display()), e))
+}
+
 fn check_seal(link: &Link, disk: &str) -> Result<(), ProviderError> {
+    let at = link.archive.path().join(tree::DISKS);
+    let disks = link.archive.dir(tree::DISKS).map_err(|e| failed(ErrorKind::Damaged, "cannot open", &at, e))?;
     let name = tree::seal_name(disk);
-    let disks = link.archive.path().join(tree::DISKS);
-    let bytes = link
-        .archive
-        .dir(tree::DISKS)
-        .and_then(|dir| dir.read(&name, MAX_SEAL))
-        .map_err(|e| failed(ErrorKind::Damaged, "cannot read", &disks.join(&name), e))?;
-    let seal: Seal = serde_json::from_slice(&bytes).map_err(|e| {
-        ProviderError::caused_by(ErrorKind::Damaged, format!("{} cannot be used", disks.join(&name).display()), e)
-    })?;
     let image = link.archive.path().join(tree::image_name(disk));
     let now =
         Seal::of(&link.file, &link.header).map_err(|e| failed(ErrorKind::Damaged, "cannot read image", &image, e))?;
-    if now != seal {
+    // A merge that was killed after it had replaced the image left the seal beside the old one.
+    if seal(&disks, &name)? != now && seal(&disks, &format!("{name}{}", tree::PARTIAL)).ok() != Some(now) {
         return Err(damaged(format!("image {} was changed since its backup", image.display())));
     }
     Ok(())
+}
+
+/// Whether the seal in the file `name` is that of the image whose seal's name is `sealed`.
+pub(super) fn fits(archive: &Dir, disks: &Dir, name: &str, sealed: &str) -> bool {
+    let now = sealed.strip_suffix(".image.json").and_then(|disk| {
+        let file = archive.file(&tree::image_name(disk)).ok()?;
+        let header = Header::read(&file).ok()?;
+        Seal::of(&file, &header).ok()
+    });
+    now.is_some() && seal(disks, name).ok() == now
 }
 
 /// A disk of a base archive, confirmed to be there now.
@@ -229,13 +240,15 @@ pub(super) fn unchanged(
     Ok(links)
 }
 
-fn entry(archive: &Dir, guest: &GuestId, epoch: Epoch, disk: &str) -> Result<DiskEntry, ProviderError> {
+/// What the manifest says about a disk.
+pub(super) fn entry(archive: &Dir, guest: &GuestId, epoch: Epoch, disk: &str) -> Result<DiskEntry, ProviderError> {
     let manifest = manifest(archive, guest, epoch)?;
     let found = manifest.disks.into_iter().find(|entry| entry.name == disk);
     found.ok_or_else(|| damaged(format!("archive {epoch} does not have disk `{disk}`")))
 }
 
-fn table(archive: &Dir, entry: &DiskEntry, len: SegmentLen) -> Result<SegmentTable, ProviderError> {
+/// A disk's segment table, which must be the one that its manifest means.
+pub(super) fn table(archive: &Dir, entry: &DiskEntry, len: SegmentLen) -> Result<SegmentTable, ProviderError> {
     let name = tree::table_name(&entry.name);
     let at = archive.path().join(tree::DISKS).join(&name);
     let limit = len.count(entry.size).saturating_mul(48).saturating_add(8);

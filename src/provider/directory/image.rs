@@ -33,6 +33,14 @@ impl NewImage {
         Ok(Self { image: FormatAccess::new(image), size })
     }
 
+    /// Opens a copy of a finished image, to write more into it. Its header must have been checked; its backing file is not
+    /// opened, so the same holds for writes.
+    pub(super) fn reopen(file: File, size: u64) -> io::Result<Self> {
+        let builder = Qcow2::<Storage>::builder(Storage::try_from(file)?).backing(None).write(true);
+        let image = block_on(builder.open(DenyImplicitOpenGate::default()))?;
+        Ok(Self { image: FormatAccess::new(image), size: image_size(size)? })
+    }
+
     /// Writes data. Behind the disk's end, up to the image's, zeroes are added.
     pub(super) fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let end = offset + bytes.len() as u64;
@@ -49,6 +57,11 @@ impl NewImage {
         let end = offset + len;
         let end = if end.is_multiple_of(CLUSTER) { end } else { self.size };
         block_on(self.image.write_zeroes(offset, end - offset))
+    }
+
+    /// As [`NewImage::write_zeroes`], and gives up what the image itself has there.
+    pub(super) fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        block_on(self.image.discard_to_zero(offset, len))
     }
 
     /// Hands everything to the operating system. Does not make it durable.

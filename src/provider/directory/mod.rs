@@ -16,6 +16,10 @@
 //! header), and some segments have the content that the table says (`chain`). Somebody who starts a VM from such an image
 //! changes all archives above it; that is noticed here, and the next backup is a full one.
 //!
+//! # How an archive goes
+//!
+//! By a rename, when no other builds on it. What builds on it is made independent of it first, or it stays (`prune`, `merge`).
+//!
 //! # What is not trusted
 //!
 //! Images that lie on a share. Their headers are read by us before imago sees them: clusters of 64 KiB, no data file, no
@@ -31,18 +35,21 @@
 mod chain;
 mod header;
 mod image;
+mod merge;
+mod prune;
 mod reader;
 mod store;
 mod tree;
 
 use super::{
     ArchiveInfo, ArchiveReader, BackupInput, DiskQuery, ErrorKind, Incremental, Outcome, Provider, ProviderError,
-    Stored,
+    PruneRequest, Pruned, Stored,
 };
 use crate::{
     archive::{ArchiveId, ArchiveName},
     config::create_private_dir,
     guest::GuestId,
+    report::spelled_out,
 };
 use jiff::Timestamp;
 use reader::Reader;
@@ -69,6 +76,17 @@ pub enum Mode {
     Full,
 }
 
+/// What becomes of an archive that is to be removed while later ones build on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnChain {
+    /// What they need of it is merged into them.
+    #[default]
+    Merge,
+    /// It stays until they go.
+    Refuse,
+}
+
 /// Where and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirectoryOptions {
@@ -78,6 +96,8 @@ pub struct DirectoryOptions {
     pub mode: Mode,
     /// Most images that a disk of an archive may consist of; then comes a full backup. 1 to 256.
     pub max_chain: usize,
+    /// What becomes of an archive that is to be removed while later ones build on it.
+    pub on_chain: OnChain,
 }
 
 impl DirectoryOptions {
@@ -87,7 +107,7 @@ impl DirectoryOptions {
 
     /// The defaults for a directory.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), mode: Mode::default(), max_chain: Self::MAX_CHAIN }
+        Self { path: path.into(), mode: Mode::default(), max_chain: Self::MAX_CHAIN, on_chain: OnChain::default() }
     }
 }
 
@@ -212,15 +232,18 @@ impl DirectoryProvider {
         Ok(Incremental::Use(confirmed.table))
     }
 
-    /// Removes what dead runs of this guest left. The caller holds the guest's lock.
-    fn clean(dir: &Dir) -> Result<(), ProviderError> {
-        let names = dir.names().map_err(|e| failed(ErrorKind::Other, "cannot list", dir.path(), e))?;
-        for name in names {
-            if name.strip_suffix(tree::PARTIAL).and_then(Epoch::parse).is_some() {
-                dir.remove(&name).map_err(|e| failed(ErrorKind::Other, "cannot remove", &dir.path().join(&name), e))?;
+    /// Holds the guest's directory for us, as long as what is returned lives, and removes what dead runs left in it.
+    fn lock(dir: &Dir) -> Result<File, ProviderError> {
+        let at = dir.path();
+        let lock = dir.lock_file(tree::LOCK).map_err(|e| failed(ErrorKind::Other, "cannot prepare", at, e))?;
+        lock.try_lock().map_err(|e| match e {
+            TryLockError::WouldBlock => {
+                ProviderError::new(ErrorKind::Locked, format!("another backup writes to {}", at.display()))
             }
-        }
-        Ok(())
+            TryLockError::Error(e) => failed(ErrorKind::Other, "cannot lock", &at.join(tree::LOCK), e),
+        })?;
+        prune::clean(dir)?;
+        Ok(lock)
     }
 
     fn info(guest: &GuestId, dir: &Dir, epoch: Epoch) -> Result<ArchiveInfo, ProviderError> {
@@ -291,14 +314,7 @@ impl Provider for DirectoryProvider {
             self.root.sync().map_err(cannot)?;
         }
         let dir = self.guest_dir(&guest)?;
-        let lock = dir.lock_file(tree::LOCK).map_err(cannot)?;
-        lock.try_lock().map_err(|e| match e {
-            TryLockError::WouldBlock => {
-                ProviderError::new(ErrorKind::Locked, format!("another backup writes to {}", at.display()))
-            }
-            TryLockError::Error(e) => failed(ErrorKind::Other, "cannot lock", &at.join(tree::LOCK), e),
-        })?;
-        Self::clean(&dir)?;
+        let lock = Self::lock(&dir)?;
 
         let mut second = start.as_second();
         let (name, epoch) = loop {
@@ -322,7 +338,7 @@ impl Provider for DirectoryProvider {
     fn query_incremental(&mut self, disks: &[DiskQuery]) -> Result<Vec<Incremental>, ProviderError> {
         let answer = |query| match self.judge(query) {
             Ok(answer) => answer,
-            Err(error) => Incremental::New(reason(&error)),
+            Err(error) => Incremental::New(spelled_out(&error)),
         };
         Ok(disks.iter().map(answer).collect())
     }
@@ -348,6 +364,7 @@ impl Provider for DirectoryProvider {
             let cannot = |e| failed(ErrorKind::Other, "cannot keep the log in", &at, e);
             let left = current.dir.make(&name).map_err(cannot)?;
             left.write(tree::LOG, format!("{why}\n").as_bytes()).map_err(cannot)?;
+            prune::clean_failed(&current.dir)?;
             self.ended = Some(Ended { dir: current.dir, name });
         }
         Ok(None)
@@ -380,7 +397,7 @@ impl Provider for DirectoryProvider {
                 match Self::info(&id, &dir, epoch) {
                     Ok(info) => archives.push(info),
                     // One that is damaged must not hide the others.
-                    Err(error) => tracing::warn!("{}", reason(&error)),
+                    Err(error) => tracing::warn!("{}", spelled_out(&error)),
                 }
             }
         }
@@ -388,23 +405,25 @@ impl Provider for DirectoryProvider {
         Ok(archives)
     }
 
+    fn prune(&mut self, request: PruneRequest) -> Result<Vec<Pruned>, ProviderError> {
+        let guest: GuestId = request.guest.parse().map_err(|e| {
+            ProviderError::caused_by(ErrorKind::Other, format!("guest `{}` cannot be a directory", request.guest), e)
+        })?;
+        let on_chain = self.options.on_chain;
+        if let Some(current) = self.current.as_ref().filter(|current| current.guest == guest) {
+            return Ok(prune::Archives::read(&guest, &current.dir, on_chain)?.prune(&request));
+        }
+        let dir = self.guest_dir(&guest)?;
+        let _lock = Self::lock(&dir)?;
+        Ok(prune::Archives::read(&guest, &dir, on_chain)?.prune(&request))
+    }
+
     fn open(&mut self, archive: &ArchiveId) -> Result<Box<dyn ArchiveReader>, ProviderError> {
         let (id, guest, epoch) = self.locate(archive)?;
         let at = guest.path().join(epoch.to_string());
         let archive = guest.dir(&epoch.to_string()).map_err(|e| failed(ErrorKind::Damaged, "cannot open", &at, e))?;
         let manifest = chain::manifest(&archive, &id, epoch)?;
-        Ok(Box::new(Reader { guest, archive, epoch, manifest, open: Mutex::new(None) }))
+        let reading = reader::claim(&archive)?;
+        Ok(Box::new(Reader { guest, archive, epoch, manifest, open: Mutex::new(None), _reading: reading }))
     }
-}
-
-/// An error and its causes in one line.
-fn reason(error: &ProviderError) -> String {
-    let mut text = error.to_string();
-    let mut next = std::error::Error::source(error);
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
 }

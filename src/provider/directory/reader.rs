@@ -11,6 +11,7 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{
+    fs::{File, TryLockError},
     io,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -23,6 +24,22 @@ pub(super) struct Reader {
     pub(super) manifest: Manifest,
     /// The disk that was read last, open. Disks are read one after the other, and each may need many files.
     pub(super) open: Mutex<Option<(String, Arc<OpenImage>)>>,
+    /// See [`claim`].
+    pub(super) _reading: File,
+}
+
+/// Keeps an archive from being removed, as long as what is returned lives.
+pub(super) fn claim(archive: &Dir) -> Result<File, ProviderError> {
+    let at = archive.path().join(tree::MANIFEST);
+    let file = archive.file(tree::MANIFEST).map_err(|e| failed(ErrorKind::Damaged, "cannot read", &at, e))?;
+    match file.try_lock_shared() {
+        Err(TryLockError::WouldBlock) => {
+            let message = format!("archive {} is being removed", archive.path().display());
+            Err(ProviderError::new(ErrorKind::Locked, message))
+        }
+        // Without locks nobody is kept from removing it, which is then noticed by what is missing.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+    }
 }
 
 impl Reader {

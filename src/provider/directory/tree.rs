@@ -3,7 +3,8 @@
 //! ```text
 //! .pvebackup-repository             the repository's id
 //! 100/.lock                         held by the backup that runs
-//! 100/qemu-1769824807/              one archive; `.partial` behind it while it is written, `.failed` when only the log is left
+//! 100/qemu-1769824807/              one archive; `.partial` behind it while it is written, `.removed` while it is removed,
+//!                                   `.failed` when only the log is left
 //!     guest.conf firewall.conf manifest.json backup.log
 //!     scsi0.qcow2                   its backing file is ../qemu-EPOCH/scsi0.qcow2, or none
 //!     disks/scsi0.segments          the segment table
@@ -20,8 +21,10 @@ use crate::{
 };
 use jiff::Timestamp;
 use nix::{
+    errno::Errno,
     fcntl::{OFlag, openat, renameat},
     sys::stat::{Mode, mkdirat},
+    unistd::{UnlinkatFlags, unlinkat},
 };
 use std::{
     fmt, fs,
@@ -38,8 +41,10 @@ pub(super) const MANIFEST: &str = "manifest.json";
 pub(super) const LOG: &str = "backup.log";
 /// Directory of the segment tables.
 pub(super) const DISKS: &str = "disks";
-/// Behind the name of an archive that is being written.
+/// Behind the name of an archive that is being written, and of a file that is to replace another.
 pub(super) const PARTIAL: &str = ".partial";
+/// Behind the name of an archive that is being removed.
+pub(super) const REMOVED: &str = ".removed";
 /// Behind the name of a directory with nothing but a failed backup's log.
 pub(super) const FAILED: &str = ".failed";
 const PREFIX: &str = "qemu-";
@@ -204,6 +209,12 @@ impl Dir {
         Ok(openat(&self.file, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?.into())
     }
 
+    /// A file that exists, to lock it: on NFS an exclusive lock needs the right to write.
+    pub(super) fn file_to_lock(&self, name: &str) -> io::Result<File> {
+        let flags = OFlag::O_RDWR | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        Ok(openat(&self.file, name, flags, Mode::empty())?.into())
+    }
+
     pub(super) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         Ok(renameat(&self.file, from, &self.file, to)?)
     }
@@ -230,6 +241,14 @@ impl Dir {
     /// Removes a directory and what is in it.
     pub(super) fn remove(&self, name: &str) -> io::Result<()> {
         fs::remove_dir_all(self.path.join(name))
+    }
+
+    /// Removes a file, if it is there.
+    pub(super) fn remove_file(&self, name: &str) -> io::Result<()> {
+        match unlinkat(&self.file, name, UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Makes the names in this directory durable.
