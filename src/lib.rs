@@ -6,7 +6,7 @@
 //! [`guest`] finds a virtual machine and its disks → [`access`] asks QEMU for a snapshot access to them (speaking
 //! [`qmp`]) → [`nbd`] reads the exports → [`copy`] turns dirty [`extent`]s into [`segment`]s with many reads in flight →
 //! a [`provider`] stores them as an [`archive`] → [`generation`] records what the next incremental backup may build on.
-//! Across all of it run the recovery [`journal`] and the event stream ([`report`]).
+//! Across all of it run the commit [`protocol`], the recovery [`journal`] and the event stream ([`report`]).
 //!
 //! [`backup`], [`restore`] and [`by_hand`] are the flows, readable from top to bottom.
 
@@ -23,6 +23,7 @@ pub mod generation;
 pub mod guest;
 pub mod journal;
 pub mod nbd;
+pub mod protocol;
 pub mod provider;
 mod qcow2;
 pub mod qmp;

@@ -13,6 +13,7 @@ mod recover;
 pub mod stock;
 pub mod watchdog;
 
+pub use crate::protocol::Teardown;
 pub use recover::{RecoveryReport, end, recover};
 
 use crate::{
@@ -188,15 +189,6 @@ pub struct ActiveAccess {
     pub instant: Timestamp,
     /// How the guest was held still.
     pub consistency: crate::archive::Consistency,
-}
-
-/// How an access ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Teardown {
-    /// The archive is durable and recorded: the new generation counts.
-    Success,
-    /// It is not: the old generation goes on, with all writes since.
-    Failure,
 }
 
 /// What an access did, for the summary.

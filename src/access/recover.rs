@@ -10,6 +10,7 @@ pub(super) mod qemu;
 use super::{AccessError, Teardown};
 use crate::{
     journal::{Journal, JournalError, ProcessIdentity, Step},
+    protocol::{BitmapPer, after_death},
     qmp::{Qmp, QmpError},
 };
 use std::{path::PathBuf, time::Duration};
@@ -43,8 +44,7 @@ pub struct RecoveryReport {
 /// When QEMU lives but cannot be asked, or the journal cannot be written. What could not be undone for other reasons is in the
 /// report.
 pub async fn recover(journal: &Journal, qmp: &Qmp, recorded: Option<&str>) -> Result<RecoveryReport, AccessError> {
-    // Failure keeps every bit of Proxmox's bitmap: a superset of what is dirty is always safe.
-    finish(journal, qmp, recorded, Teardown::Failure).await
+    finish(journal, qmp, recorded, after_death(BitmapPer::Target, recorded.is_some())).await
 }
 
 /// Ends an access by hand as its operator wants it, and clears the journal when nothing is left.

@@ -2,14 +2,16 @@
 
 use super::{Options, ProviderThread};
 use crate::{
+    access::{AccessPlan, BitmapMode, DiskPlan, ExportMode},
     archive::ArchiveId,
     generation::{Facts, Record},
-    guest::{Disk, Found, GuestError},
+    guest::{Disk, Found, Guest, GuestError, GuestKind},
     journal::ProcessIdentity,
     provider::{DiskQuery, Incremental},
     segment::{SegmentLen, SegmentTable},
 };
 use anyhow::Result;
+use jiff::Timestamp;
 
 /// Disks that the user chose.
 #[derive(Clone, Debug, Default)]
@@ -63,52 +65,56 @@ pub(super) fn segment_len(disk: &Disk, options: &Options) -> SegmentLen {
     options.segment_len.unwrap_or_else(|| SegmentLen::for_disk(disk.size))
 }
 
-/// Judges every disk: the record must match the present, and the provider must confirm the archive.
-pub(super) async fn baselines(
+/// What the record says about a disk: the archive to ask for and the bitmap, or why the disk is read in full.
+pub(super) type Prospect = Result<Candidate, String>;
+
+/// An archive and a bitmap whose record matches the present.
+#[derive(Clone, Debug)]
+pub(super) struct Candidate {
+    bitmap: String,
+    query: DiskQuery,
+}
+
+/// Compares the record with the present, disk by disk.
+pub(super) fn judge(
     disks: &[Disk],
-    record: &Record,
-    no_record: Option<String>,
+    (record, no_record): (&Record, Option<String>),
     repository: &str,
     qemu: Option<&ProcessIdentity>,
     options: &Options,
-    provider: &mut ProviderThread,
-) -> Result<Vec<Baseline>> {
-    let mut baselines = Vec::new();
-    let mut queries = Vec::new();
-    for disk in disks {
-        let len = segment_len(disk, options);
-        let judged = match (&no_record, qemu) {
+) -> Vec<Prospect> {
+    let judge = |disk: &Disk| {
+        let segment_len = segment_len(disk, options);
+        let old = match (&no_record, qemu) {
             _ if options.full => Err("a full backup was asked for".to_owned()),
             (Some(reason), _) => Err(reason.clone()),
             (None, None) => Err("the guest's QEMU process cannot be identified".to_owned()),
-            (None, Some(qemu)) => record.judge(disk, len, &Facts { repository, qemu }),
-        };
-        match judged {
-            Ok(old) => {
-                queries.push((
-                    baselines.len(),
-                    old.bitmap.clone(),
-                    DiskQuery { name: disk.name.clone(), size: disk.size, segment_len: len, base: old.archive.clone() },
-                ));
-                baselines.push(Baseline::Full { reason: "the target was not asked".into() });
-            }
-            Err(reason) => baselines.push(Baseline::Full { reason }),
-        }
+            (None, Some(qemu)) => record.judge(disk, segment_len, &Facts { repository, qemu }),
+        }?;
+        let query = DiskQuery { name: disk.name.clone(), size: disk.size, segment_len, base: old.archive.clone() };
+        Ok(Candidate { bitmap: old.bitmap.clone(), query })
+    };
+    disks.iter().map(judge).collect()
+}
+
+/// Asks the provider for the archives. What it does not confirm now is not built on.
+pub(super) async fn confirm(judged: Vec<Prospect>, provider: &mut ProviderThread) -> Result<Vec<Baseline>> {
+    let queries: Vec<DiskQuery> = judged.iter().flatten().map(|candidate| candidate.query.clone()).collect();
+    let mut answers = Vec::new().into_iter();
+    if !queries.is_empty() {
+        answers = provider.run(move |p| p.query_incremental(&queries)).await?.into_iter();
     }
-    if queries.is_empty() {
-        return Ok(baselines);
-    }
-    let asked: Vec<DiskQuery> = queries.iter().map(|(_, _, query)| query.clone()).collect();
-    let answers = provider.run(move |p| p.query_incremental(&asked)).await?;
-    for ((index, bitmap, query), answer) in queries.into_iter().zip(answers) {
-        baselines[index] = match answer {
-            Incremental::Use(table) => {
+    let baseline = |prospect: Prospect| match prospect {
+        Err(reason) => Baseline::Full { reason },
+        Ok(Candidate { bitmap, query }) => match answers.next() {
+            Some(Incremental::Use(table)) => {
                 Baseline::Archive { archive: query.base, table, bitmap, segment_len: query.segment_len }
             }
-            Incremental::New(reason) => Baseline::Full { reason },
-        };
-    }
-    Ok(baselines)
+            Some(Incremental::New(reason)) => Baseline::Full { reason },
+            None => Baseline::Full { reason: "the target gave no answer".into() },
+        },
+    };
+    Ok(judged.into_iter().map(baseline).collect())
 }
 
 /// The first disk that has to be read in full, and why.
@@ -117,4 +123,61 @@ pub(super) fn first_full(disks: &[Disk], baselines: &[Baseline]) -> Option<(Stri
         Baseline::Full { reason } => Some((disk.name.clone(), reason.clone())),
         Baseline::Archive { .. } => None,
     })
+}
+
+/// The access that is wanted.
+pub(super) fn access_plan(
+    guest: &Guest,
+    options: &Options,
+    disks: &[Disk],
+    baselines: &[Baseline],
+    run_dir: std::path::PathBuf,
+) -> AccessPlan {
+    let disks = disks.iter().zip(baselines).map(|(disk, baseline)| DiskPlan {
+        disk: disk.clone(),
+        bitmap: match baseline {
+            Baseline::Archive { bitmap, .. } => BitmapMode::Use(bitmap.clone()),
+            Baseline::Full { .. } => BitmapMode::New,
+        },
+        granularity: baseline_len(baseline, disk, options).bytes() as u32,
+    });
+    AccessPlan {
+        guest: guest.clone(),
+        disks: disks.collect(),
+        target: target_id(guest.kind, &options.target),
+        generation: new_generation(),
+        run_dir,
+        fleecing: options.fleecing.clone(),
+        freeze: options.freeze,
+        freeze_limit: options.freeze_limit,
+        cbw_timeout: options.cbw_timeout,
+        exports: ExportMode::Trim,
+        pvesm: options.pvesm.clone(),
+    }
+}
+
+/// Segment length of a disk.
+pub(super) fn baseline_len(baseline: &Baseline, disk: &Disk, options: &Options) -> SegmentLen {
+    match baseline {
+        Baseline::Archive { segment_len, .. } => *segment_len,
+        Baseline::Full { .. } => segment_len(disk, options),
+    }
+}
+
+/// What QEMU knows a target as.
+pub(crate) fn target_id(kind: GuestKind, target: &str) -> String {
+    match kind {
+        // The target id is also the name of the bitmap, which users see beside those of other tools.
+        GuestKind::Proxmox => format!("pvebackup-{target}"),
+        GuestKind::Plain => target.to_owned(),
+    }
+}
+
+/// 16 hex digits that no other run has: the hasher's keys are random for every process and call.
+pub(crate) fn new_generation() -> String {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    hasher.write_i128(Timestamp::now().as_nanosecond());
+    format!("{:016x}", hasher.finish())
 }

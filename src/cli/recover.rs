@@ -3,7 +3,7 @@
 use super::{Context, exit, print, vm::find_guest};
 use crate::{
     access::{self, by_hand::Kept},
-    generation::Record,
+    backup::committed,
     journal::{Journal, JournalError, Step},
     qmp::Qmp,
 };
@@ -48,21 +48,23 @@ pub(super) async fn run(args: RecoverArgs, context: Context) -> Result<u8> {
             left = true;
             continue;
         }
-        let begin = leftover.iter().find_map(|step| match step {
-            Step::Begin { qmp, target, generation, .. } => Some((qmp.clone(), target.clone(), generation.clone())),
+        let qmp = leftover.iter().find_map(|step| match step {
+            Step::Begin { qmp, .. } => Some(qmp.clone()),
             _ => None,
         });
-        let (qmp, target, generation) = match begin {
-            Some(begin) => begin,
-            None => (find_guest(&guest, &context)?.qmp, String::new(), String::new()),
+        let qmp = match qmp {
+            Some(qmp) => qmp,
+            None => find_guest(&guest, &context)?.qmp,
         };
         if let Some(kept) = Kept::of(&leftover) {
             print(&format!("{guest}: ending the access by hand of {}", kept.since));
         }
-        let committed = Record::load(&context.dirs.generations(), &target, id.as_str()).0.has_generation(&generation);
-        let report = access::recover(&journal, &Qmp::new(qmp), committed.then_some(generation.as_str()))
-            .await
-            .with_context(|| format!("cannot undo everything in guest `{guest}`; the journal is kept, run `pvebackup recover {guest}` again"))?;
+        let committed = committed(&context.dirs.generations(), &id, &leftover);
+        let report = access::recover(&journal, &Qmp::new(qmp), committed.as_deref()).await.with_context(|| {
+            format!(
+                "cannot undo everything in guest `{guest}`; the journal is kept, run `pvebackup recover {guest}` again"
+            )
+        })?;
         for line in report.undone {
             print(&format!("{guest}: undone: {line}"));
         }

@@ -1,8 +1,8 @@
 //! Generation records: what a disk's dirty bitmap is relative to, and when it may be trusted.
 //!
 //! A bitmap says what changed *since something*. That something is the archive named in the record, and only this record
-//! connects the two. It is written when the provider has said that the archive is durable, and before the access is torn
-//! down with success:
+//! connects the two. The commit protocol ([`crate::protocol`]) writes it when the provider has said that the archive is
+//! durable, and before the access is torn down with success:
 //!
 //! | we die after …                | archive | bitmaps            | record | the next run reads                         |
 //! |-------------------------------|---------|--------------------|--------|--------------------------------------------|

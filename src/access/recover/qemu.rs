@@ -9,6 +9,7 @@ use crate::{
         stock::bitmap,
     },
     journal::{ProcessIdentity, Step},
+    protocol::{BitmapPer, after_death},
     qmp::{
         Qmp, QmpError, Session,
         agent::{Agent, FsfreezeStatus},
@@ -109,7 +110,7 @@ impl Undo<'_> {
         }
         for switch in &work.bitmaps {
             let counts = committed.is_some() && switch.generation.as_deref() == committed;
-            let how = if counts { Teardown::Success } else { Teardown::Failure };
+            let how = after_death(BitmapPer::Generation, counts);
             let outcome = settle_bitmaps(&mut session, switch, how).await;
             self.settle(&switch.step, outcome)?;
         }

@@ -1,13 +1,16 @@
 //! Dirty bitmaps on stock QEMU: which one tells what changed, and what becomes of them.
 //!
-//! A bitmap is named after target and generation and lies on the disk's own node. At the instant the next generation's begins
-//! and the last one's stops, in one transaction. If the backup is committed, the last one goes; else it goes on, with the bits
-//! of the new one merged in. So at any time the bitmaps of a target together hold every write since its last archive.
+//! A bitmap is named after target and generation and lies on the disk's own node. What is done with it is decided by
+//! [`crate::protocol::bitmap`]; each list of changes is one transaction.
 
 use crate::{
     access::{
         BitmapAction, BitmapMode, Teardown,
         graph::{Graph, PREFIX},
+    },
+    protocol::{
+        self,
+        bitmap::{Change, Seen, flaw},
     },
     qmp::command::block::{Action, Bitmap, BitmapAdd, BitmapMerge, DirtyBitmap},
 };
@@ -70,7 +73,7 @@ pub(super) fn plan(graph: &Graph, node: &str, mode: &BitmapMode, new: String, gr
     if *old == new {
         return recreated(format!("bitmap `{old}` belongs to this very run"));
     }
-    if let Some(flaw) = flaw(bitmap) {
+    if let Some(flaw) = flaw(seen(bitmap)) {
         return recreated(format!("bitmap `{old}` {flaw}"));
     }
     BitmapPlan {
@@ -82,25 +85,15 @@ pub(super) fn plan(graph: &Graph, node: &str, mode: &BitmapMode, new: String, gr
     }
 }
 
-fn flaw(bitmap: &DirtyBitmap) -> Option<&'static str> {
-    if bitmap.inconsistent {
-        Some("is inconsistent: QEMU was not shut down properly")
-    } else if bitmap.busy {
-        Some("is in use by another operation")
-    } else if !bitmap.recording {
-        Some("does not record")
-    } else if !bitmap.granularity.is_power_of_two() {
-        Some("has no plausible granularity")
-    } else {
-        None
-    }
+fn seen(bitmap: &DirtyBitmap) -> Seen {
+    let DirtyBitmap { recording, inconsistent, busy, granularity, .. } = *bitmap;
+    Seen { recording, inconsistent, busy, granularity }
 }
 
 /// Actions at the instant.
 pub(super) fn switch(node: &str, plan: &BitmapPlan, granularity: u32) -> Vec<Action> {
-    let mut actions = vec![Action::BitmapAdd(BitmapAdd { node: node.to_owned(), name: plan.new.clone(), granularity })];
-    actions.extend(plan.old.clone().map(|name| Action::BitmapDisable(Bitmap { node: node.to_owned(), name })));
-    actions
+    let changes = protocol::bitmap::switch(&plan.new, plan.old.as_deref());
+    changes.into_iter().map(|change| action(change, node, granularity)).collect()
 }
 
 /// Actions at the end of a run, given what is on the node now. Empty when there is nothing (left) to do.
@@ -112,36 +105,28 @@ pub(in crate::access) fn settle(
     replaces: Option<&str>,
     how: Teardown,
 ) -> Vec<Action> {
+    let concerned =
+        |name: &str| name == new || Some(name) == replaces || target.is_some_and(|target| is_of(target, name));
+    let now: Vec<_> =
+        graph.bitmaps(node).filter(|(name, _)| concerned(name)).map(|(name, state)| (name, seen(state))).collect();
+    let changes = protocol::bitmap::settle(&now, new, replaces, how);
+    changes.into_iter().map(|change| action(change, node, 0)).collect()
+}
+
+/// `granularity` is for a bitmap that is added.
+fn action(change: Change<'_>, node: &str, granularity: u32) -> Action {
     let bitmap = |name: &str| Bitmap { node: node.to_owned(), name: name.to_owned() };
-    if how == Teardown::Success {
-        let stale = |name: &str| Some(name) == replaces || target.is_some_and(|target| is_of(target, name));
-        return graph
-            .bitmaps(node)
-            .filter(|(name, _)| *name != new && stale(name))
-            .map(|(name, _)| Action::BitmapRemove(bitmap(name)))
-            .collect();
+    match change {
+        Change::Add(name) => Action::BitmapAdd(BitmapAdd { node: node.to_owned(), name: name.to_owned(), granularity }),
+        Change::Remove(name) => Action::BitmapRemove(bitmap(name)),
+        Change::Enable(name) => Action::BitmapEnable(bitmap(name)),
+        Change::Disable(name) => Action::BitmapDisable(bitmap(name)),
+        Change::Merge { from, into } => Action::BitmapMerge(BitmapMerge {
+            node: node.to_owned(),
+            target: into.to_owned(),
+            bitmaps: vec![from.to_owned()],
+        }),
     }
-    // Without the new one the transaction was not carried out, or was undone already.
-    let Some(ours) = graph.bitmap(node, new) else { return Vec::new() };
-    let old = replaces.and_then(|name| Some((name, graph.bitmap(node, name)?)));
-    let mut actions = Vec::new();
-    match old {
-        Some((old, state)) if ours.recording && !ours.inconsistent && !state.inconsistent => {
-            if !state.recording {
-                actions.push(Action::BitmapEnable(bitmap(old)));
-            }
-            actions.push(Action::BitmapMerge(BitmapMerge {
-                node: node.to_owned(),
-                target: old.to_owned(),
-                bitmaps: vec![new.to_owned()],
-            }));
-        }
-        // Somebody stopped ours: neither has all writes any more.
-        Some((old, _)) => actions.push(Action::BitmapRemove(bitmap(old))),
-        None => {}
-    }
-    actions.push(Action::BitmapRemove(bitmap(new)));
-    actions
 }
 
 #[cfg(test)]

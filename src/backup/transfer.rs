@@ -1,0 +1,299 @@
+//! From the snapshot access into the provider: every disk's map, the streams, the manifest.
+
+use super::{Baseline, Cancelled, Options, ProviderThread, plan::baseline_len};
+use crate::{
+    access::{ActiveAccess, BitmapAction, DiskAccess, SnapshotAccess},
+    archive::{ArchiveId, ArchiveName, DiskEntry, Manifest, SkippedDisk},
+    copy::{self, Budget, CopyError, Counters, DiskMap, DiskReader, RateLimit, Settings, Source},
+    guest::{Disk, Guest, GuestKind},
+    nbd::{Client, ConnectOptions},
+    provider::{BackupInput, DiskInput, Expected, MakeManifest, Stored},
+    report::{Event, Events, Summary},
+    segment::{SegmentLen, SegmentTable, tasks},
+};
+use anyhow::{Context, Result, anyhow, bail};
+use jiff::Timestamp;
+use std::{
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    time::Duration,
+};
+use tokio_util::sync::CancellationToken;
+
+/// Bytes of disk content in memory at most, besides what the provider needs.
+pub const MEMORY: u64 = 32 << 20;
+/// Limit for an answer of QEMU's NBD server. Above the 45 s after which QEMU gives up a stalled fleecing image.
+const NBD_DEADLINE: Duration = Duration::from_mins(2);
+/// Largest read: more gained nothing on a unix socket.
+const REQUEST: u64 = 1 << 20;
+/// Reads in flight per disk.
+const IN_FLIGHT: usize = 8;
+/// Connections per export.
+const CONNECTIONS: usize = 2;
+
+/// What does not change while a guest is copied.
+pub(super) struct Transfer<'a> {
+    pub guest: &'a Guest,
+    pub options: &'a Options,
+    pub events: &'a Events,
+    pub cancel: &'a CancellationToken,
+    pub name: &'a ArchiveName,
+    pub generation: &'a str,
+    pub disks: &'a [Disk],
+    pub skipped: &'a [(String, String)],
+    pub active: &'a ActiveAccess,
+}
+
+/// An archive that is durable.
+pub(super) struct Copied {
+    pub stored: Stored,
+    /// The segment length of every disk, in their order.
+    pub segment_lens: Vec<SegmentLen>,
+}
+
+/// One disk on its way.
+struct DiskRun {
+    map: DiskMap,
+    base: Option<(ArchiveId, SegmentTable)>,
+    segment_len: SegmentLen,
+    reason: String,
+    clients: Vec<Client>,
+    counters: Arc<Counters>,
+}
+
+impl Transfer<'_> {
+    /// Copies all disks; returns when the archive is durable.
+    pub(super) async fn run(
+        &self,
+        baselines: Vec<Baseline>,
+        provider: &mut ProviderThread,
+        access: &mut dyn SnapshotAccess,
+        summary: &mut Summary,
+    ) -> Result<Copied> {
+        let (active, disks) = (self.active, self.disks);
+        summary.paused_micros = active.consistency.paused_micros;
+        summary.frozen_millis = active.consistency.frozen_millis;
+        summary.disks = disks.len();
+        summary.size_bytes = active.disks.iter().map(|d| d.size).sum();
+
+        let mut runs = Vec::new();
+        for ((disk, baseline), access) in disks.iter().zip(baselines).zip(&active.disks) {
+            let run = self.prepare_disk(disk, baseline, access).await?;
+            self.events.send(Event::DiskPlan {
+                disk: disk.name.clone(),
+                size: access.size,
+                todo: run.map.dirty_bytes,
+                action: access.action.as_str(),
+                reason: run.reason.clone(),
+            });
+            runs.push(run);
+        }
+        summary.incremental = runs.iter().all(|r| r.base.is_some());
+        let stored = self.copy(&runs, provider, access, summary).await;
+        summary.read_bytes = runs.iter().map(|r| r.counters.read.load(Ordering::Relaxed)).sum();
+        summary.discarded_bytes = runs.iter().map(|r| r.counters.discarded.load(Ordering::Relaxed)).sum();
+        for client in runs.iter().flat_map(|r| &r.clients) {
+            // Every reply has to be read before the export goes: QEMU spins on a client that does not listen.
+            if let Err(error) = client.disconnect().await {
+                tracing::debug!("disconnecting: {error}");
+            }
+        }
+        Ok(Copied { stored: stored?, segment_lens: runs.iter().map(|run| run.segment_len).collect() })
+    }
+
+    /// Connects, and finds out what has to be read.
+    async fn prepare_disk(&self, disk: &Disk, baseline: Baseline, access: &DiskAccess) -> Result<DiskRun> {
+        let connect = async |contexts: Vec<String>| -> Result<Client> {
+            let options = ConnectOptions {
+                socket: self.active.socket.clone(),
+                export: access.export.clone(),
+                contexts,
+                deadline: NBD_DEADLINE,
+                longest_read: access.largest_request.unwrap_or(ConnectOptions::LONGEST_READ),
+            };
+            Client::connect(&options)
+                .await
+                .map_err(|source| anyhow!(CopyError::Nbd { disk: disk.name.clone(), source }))
+        };
+        let dirty = match &access.dirty_context {
+            Some(context) => Some(connect(vec![context.clone()]).await?),
+            None => None,
+        };
+        let allocation = connect(vec!["base:allocation".into()]).await?;
+        let map = copy::read_map(access, dirty.as_ref(), &allocation).await?;
+        let segment_len = baseline_len(&baseline, disk, self.options);
+        let (base, reason) = match (baseline, access.action) {
+            (Baseline::Archive { archive, table, .. }, BitmapAction::Used) => {
+                (Some((archive, table)), access.reason.clone())
+            }
+            (Baseline::Archive { .. }, _) => (None, access.reason.clone()),
+            (Baseline::Full { reason }, _) => (None, reason),
+        };
+        if base.is_none() && map.dirty_bytes != access.size {
+            bail!("disk `{}`: QEMU shows {} of {} bytes, but all are needed", disk.name, map.dirty_bytes, access.size);
+        }
+        if !access.clean_readable && access.granularity < segment_len.bytes() {
+            bail!(
+                "disk `{}`: the dirty bitmap's granularity of {} bytes is below the segment length of {}, and clean ranges \
+                 cannot be read; a full backup (`--full`) starts a new bitmap",
+                disk.name,
+                access.granularity,
+                segment_len.bytes()
+            );
+        }
+        let mut clients = vec![allocation];
+        if clients[0].can_multi_conn() {
+            for _ in 1..CONNECTIONS {
+                clients.push(connect(Vec::new()).await?);
+            }
+        }
+        if let Some(client) = dirty {
+            client.disconnect().await.ok();
+        }
+        Ok(DiskRun { map, base, segment_len, reason, clients, counters: Arc::default() })
+    }
+
+    /// Streams everything into the provider; returns when the archive is durable.
+    async fn copy(
+        &self,
+        runs: &[DiskRun],
+        provider: &mut ProviderThread,
+        access: &mut dyn SnapshotAccess,
+        summary: &mut Summary,
+    ) -> Result<Stored> {
+        let (active, disks) = (self.active, self.disks);
+        // Changed segments are told from unchanged ones by their time, so it must be later than any in a base archive, also
+        // when the host's clock was set back since.
+        let newest =
+            runs.iter().filter_map(|r| r.base.as_ref()).flat_map(|(_, t)| t.records()).map(|r| r.stored_at).max();
+        let stored_at = active.instant.as_microsecond().max(newest.map_or(i64::MIN, |n| n.saturating_add(1)));
+        let instant = Timestamp::from_microsecond(stored_at).context("the clock shows an impossible time")?;
+
+        let stop = self.cancel.child_token();
+        let failed: Arc<Mutex<Option<CopyError>>> = Arc::default();
+        let discards: Arc<Mutex<Vec<tokio::task::JoinHandle<()>>>> = Arc::default();
+        let settings = Settings {
+            request: REQUEST,
+            in_flight: IN_FLIGHT,
+            limit: self.options.rate.map(|r| Arc::new(RateLimit::new(r))),
+            budget: Budget::new(MEMORY),
+            grain: 64 << 10,
+        };
+        let mut order: Vec<usize> = (0..disks.len()).collect();
+        order.sort_by(|a, b| disks[*a].name.cmp(&disks[*b].name));
+        let mut inputs = Vec::new();
+        for index in &order {
+            let (run, access) = (&runs[*index], &active.disks[*index]);
+            let source = Source {
+                disk: disks[*index].name.clone(),
+                segment_len: run.segment_len,
+                content: run.map.content.clone(),
+                tell_zeroes: run.base.is_some(),
+                discard_clean: access.clean_readable && run.base.is_some(),
+                clients: run.clients.clone(),
+                counters: run.counters.clone(),
+            };
+            let expected = tasks(&run.map.content, run.segment_len).filter(|task| !task.zero || source.tell_zeroes);
+            let expected = expected.map(|task| Expected { index: task.index, zero: task.zero }).collect();
+            let reader = DiskReader::new(
+                source,
+                Settings { grain: access.granularity.max(64 << 10), ..settings.clone() },
+                self.events.clone(),
+                stop.clone(),
+                failed.clone(),
+                discards.clone(),
+            );
+            inputs.push(DiskInput {
+                name: disks[*index].name.clone(),
+                size: access.size,
+                segment_len: run.segment_len,
+                base: run.base.clone(),
+                expected,
+                changed: Box::new(reader),
+            });
+        }
+        let mut members = vec![("guest.conf".to_owned(), self.guest.config.clone())];
+        members.extend(self.guest.firewall.clone().map(|text| ("firewall.conf".to_owned(), text)));
+        let input = BackupInput {
+            archive: self.name.clone(),
+            instant,
+            members,
+            disks: inputs,
+            manifest: self.manifest(runs, &order),
+            cancel: stop.clone(),
+        };
+        let job = provider.run(move |p| p.backup(input));
+        tokio::pin!(job);
+        let result = loop {
+            tokio::select! {
+                result = &mut job => break result,
+                () = tokio::time::sleep(Duration::from_secs(1)) => {
+                    summary.fleecing_peak_bytes = summary.fleecing_peak_bytes.max(access.fleecing_bytes());
+                }
+            }
+        };
+        summary.fleecing_peak_bytes = summary.fleecing_peak_bytes.max(access.fleecing_bytes());
+        stop.cancel();
+        let discards = std::mem::take(&mut *discards.lock().unwrap_or_else(PoisonError::into_inner));
+        for task in discards {
+            task.await.ok();
+        }
+        let cause = failed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match (result, cause) {
+            (Ok(stored), None) => Ok(stored),
+            (_, Some(cause)) => Err(anyhow!(cause)),
+            (Err(_), None) if self.cancel.is_cancelled() => Err(anyhow!(Cancelled)),
+            (Err(error), None) => Err(error),
+        }
+    }
+
+    fn manifest(&self, runs: &[DiskRun], order: &[usize]) -> MakeManifest {
+        let (active, disks) = (self.active, self.disks);
+        let template = Manifest {
+            version: Manifest::VERSION,
+            program: env!("CARGO_PKG_VERSION").into(),
+            archive: self.name.clone(),
+            guest_kind: match self.guest.kind {
+                GuestKind::Proxmox => "proxmox".into(),
+                GuestKind::Plain => "plain".into(),
+            },
+            guest_name: self.guest.name.clone(),
+            instant: active.instant,
+            consistency: active.consistency.clone(),
+            disks: Vec::new(),
+            skipped: self
+                .skipped
+                .iter()
+                .map(|(name, reason)| SkippedDisk { name: name.clone(), reason: reason.clone() })
+                .collect(),
+            firewall: self.guest.firewall.is_some(),
+        };
+        let facts: Vec<(DiskEntry, SegmentLen, Arc<Counters>)> = order
+            .iter()
+            .map(|index| {
+                let (disk, run, access) = (&disks[*index], &runs[*index], &active.disks[*index]);
+                let entry = DiskEntry {
+                    name: disk.name.clone(),
+                    device: disk.device.clone(),
+                    size: access.size,
+                    segment_len: run.segment_len.bytes(),
+                    data_bytes: 0,
+                    digest: String::new(),
+                    bitmap_action: access.action.as_str().into(),
+                    reason: run.reason.clone(),
+                    generation: Some(self.generation.to_owned()),
+                    read_bytes: 0,
+                };
+                (entry, run.segment_len, run.counters.clone())
+            })
+            .collect();
+        Box::new(move |tables| {
+            let entries = facts.into_iter().zip(tables).map(|((entry, len, counters), table)| DiskEntry {
+                data_bytes: table.data_bytes(len, entry.size),
+                digest: blake3::Hash::from_bytes(table.digest()).to_hex().to_string(),
+                read_bytes: counters.read.load(Ordering::Relaxed),
+                ..entry
+            });
+            Manifest { disks: entries.collect(), ..template }
+        })
+    }
+}
