@@ -1,18 +1,20 @@
 //! A snapshot access's export as an image: what changed can be read, and given away by punching holes.
 
 use super::{
+    answer::ReadAnswer,
+    buffers::Buffers,
     image::{Caching, Find, Image, ImageError, Punch},
     ranges::Ranges,
 };
 use crate::{
     extent::{Extent, Extents},
-    nbd::{Client, NbdError},
+    nbd::{Client, NbdError, ReadDone},
     segment::Content,
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use std::sync::{
-    Mutex, PoisonError,
+    Arc, Mutex, PoisonError,
     atomic::{AtomicUsize, Ordering},
 };
 use tokio::task::JoinSet;
@@ -20,6 +22,9 @@ use tokio::task::JoinSet;
 /// Holes that wait for their neighbours until clusters are complete. When there are more they are forgotten, which costs space in
 /// the fleecing image.
 const MOST_WAITING: usize = 1 << 16;
+
+/// Bytes of buffers that are kept for the next reads.
+const IDLE_BUFFERS: usize = 8 << 20;
 
 /// What is particular about an export.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +43,7 @@ pub struct ExportImage {
     clients: Vec<Client>,
     next: AtomicUsize,
     options: ExportOptions,
+    buffers: Arc<Buffers>,
     punched: Mutex<Punched>,
 }
 
@@ -54,7 +60,15 @@ impl ExportImage {
     /// not read.
     pub fn new(name: String, content: Extents<Content>, clients: Vec<Client>, options: ExportOptions) -> Self {
         let options = ExportOptions { grain: options.grain.max(1), ..options };
-        Self { name, content, clients, next: AtomicUsize::new(0), options, punched: Mutex::default() }
+        Self {
+            name,
+            content,
+            clients,
+            next: AtomicUsize::new(0),
+            options,
+            buffers: Buffers::new(IDLE_BUFFERS),
+            punched: Mutex::default(),
+        }
     }
 
     /// The extents from the one that has `offset` on.
@@ -111,6 +125,12 @@ impl ExportImage {
         parts
     }
 
+    /// Whether `offset..end` may not be one request.
+    fn crosses_border(&self, offset: u64, end: u64) -> bool {
+        let largest = self.options.largest_request.map(u64::from).filter(|largest| *largest > 0);
+        largest.is_some_and(|largest| offset / largest != (end - 1) / largest)
+    }
+
     /// The connections, a different one first every time; a lost one is passed over.
     fn clients(&self) -> Vec<Client> {
         let count = self.clients.len();
@@ -120,19 +140,43 @@ impl ExportImage {
 }
 
 /// Reads `start..end` over the first connection that lives.
-async fn read_part(clients: Vec<Client>, start: u64, end: u64) -> Result<Bytes, ImageError> {
+async fn read_part(clients: Vec<Client>, buffers: Arc<Buffers>, start: u64, end: u64) -> Result<Bytes, ImageError> {
     let mut lost = ImageError::Died;
     for client in clients {
         let block = u64::from(client.info().min_block.max(1));
         let from = start / block * block;
         let to = end.next_multiple_of(block).min(client.size());
-        match client.read(from, BytesMut::zeroed((to - from) as usize)).await {
-            Ok((bytes, _)) => return Ok(bytes.freeze().slice((start - from) as usize..(end - from) as usize)),
-            Err(error) if error.is_fatal() && !matches!(error, NbdError::TimedOut { .. }) => lost = error.into(),
+        match client.read(from, buffers.take((to - from) as usize)).await {
+            Ok((bytes, _)) => return Ok(buffers.freeze(bytes).slice((start - from) as usize..(end - from) as usize)),
+            Err(error) if is_lost(&error) => lost = error.into(),
             Err(error) => return Err(error.into()),
         }
     }
     Err(lost)
+}
+
+/// A read that its connection answers.
+struct Waiting {
+    answer: ReadAnswer,
+    buffers: Arc<Buffers>,
+}
+
+impl ReadDone for Waiting {
+    fn read_done(self, outcome: Result<BytesMut, NbdError>) {
+        match outcome {
+            Ok(bytes) => {
+                self.answer.data(&bytes);
+                self.buffers.put(bytes);
+            }
+            Err(error) if is_lost(&error) => self.answer.by_task(),
+            Err(error) => self.answer.fail(&error.into()),
+        }
+    }
+}
+
+/// Whether another connection may still live.
+fn is_lost(error: &NbdError) -> bool {
+    error.is_fatal() && !matches!(error, NbdError::TimedOut { .. })
 }
 
 #[async_trait]
@@ -164,13 +208,13 @@ impl Image for ExportImage {
         if let [(start, stop)] = parts[..]
             && (start, stop) == (offset, end)
         {
-            return read_part(self.clients(), start, stop).await;
+            return read_part(self.clients(), self.buffers.clone(), start, stop).await;
         }
         let mut whole = BytesMut::zeroed((end - offset) as usize);
         let mut wanted = JoinSet::new();
         for (start, stop) in parts {
-            let clients = self.clients();
-            wanted.spawn(async move { (start, read_part(clients, start, stop).await) });
+            let (clients, buffers) = (self.clients(), self.buffers.clone());
+            wanted.spawn(async move { (start, read_part(clients, buffers, start, stop).await) });
         }
         while let Some(read) = wanted.join_next().await {
             let (start, bytes) = read.map_err(|_| ImageError::Died)?;
@@ -178,6 +222,33 @@ impl Image for ExportImage {
             whole[at..at + bytes.len()].copy_from_slice(&bytes);
         }
         Ok(whole.freeze())
+    }
+
+    fn start_read(&self, offset: u64, len: usize, answer: ReadAnswer) -> Option<ReadAnswer> {
+        let end = offset + len as u64;
+        let one = matches!(self.from(offset), [extent, ..] if extent.state == Content::Data && end <= extent.end());
+        if !one || !self.has_still(offset, len) || self.crosses_border(offset, end) {
+            return Some(answer);
+        }
+        let turn = self.next.fetch_add(1, Ordering::Relaxed);
+        let Some(client) = self.clients.get(turn % self.clients.len().max(1)) else { return Some(answer) };
+        if client.deadline() > answer.deadline() {
+            return Some(answer);
+        }
+        let waiting = Waiting { answer, buffers: self.buffers.clone() };
+        match client.start_read(offset, self.buffers.take(len), waiting) {
+            Ok(()) => None,
+            Err((buffer, waiting)) => {
+                self.buffers.put(buffer);
+                Some(waiting.answer)
+            }
+        }
+    }
+
+    fn has_still(&self, offset: u64, len: usize) -> bool {
+        let punched = self.punched.lock().unwrap_or_else(PoisonError::into_inner);
+        punched.discarded.end_at(offset).is_none()
+            && punched.discarded.start_from(offset).is_none_or(|start| start >= offset + len as u64)
     }
 
     async fn punch(&self, offset: u64, len: u64) -> Result<(), ImageError> {
@@ -203,7 +274,7 @@ impl Image for ExportImage {
         for client in self.clients() {
             match client.trim(start, end - start).await {
                 Ok(()) => return Ok(()),
-                Err(error) if error.is_fatal() && !matches!(error, NbdError::TimedOut { .. }) => lost = error.into(),
+                Err(error) if is_lost(&error) => lost = error.into(),
                 Err(error) => return Err(error.into()),
             }
         }

@@ -14,6 +14,8 @@ use bytes::BytesMut;
 use nix::{
     errno::Errno,
     fcntl::{FallocateFlags, fallocate},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
 };
 use std::{
     fs::{self, File, OpenOptions},
@@ -79,12 +81,20 @@ impl Access {
         panic!("qemu-storage-daemon opens no socket");
     }
 
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).expect("it lives");
+    }
+
     async fn connect(&self) -> Client {
+        self.connect_within(Duration::from_secs(20)).await
+    }
+
+    async fn connect_within(&self, deadline: Duration) -> Client {
         let options = ConnectOptions {
             socket: self.room.path().join("nbd.sock"),
             export: "snapshot".into(),
             contexts: Vec::new(),
-            deadline: Duration::from_secs(20),
+            deadline,
             longest_read: ConnectOptions::LONGEST_READ,
         };
         Client::connect(&options).await.expect("connects")
@@ -94,6 +104,12 @@ impl Access {
         let clients = vec![self.connect().await, self.connect().await];
         let options = ExportOptions { grain: CLUSTER, largest_request: None };
         vec![Arc::new(ExportImage::new("scsi0".into(), content, clients, options))]
+    }
+
+    async fn image_within(&self, deadline: Duration) -> Vec<Arc<dyn Image>> {
+        let clients = vec![self.connect_within(deadline).await];
+        let options = ExportOptions { grain: CLUSTER, largest_request: None };
+        vec![Arc::new(ExportImage::new("scsi0".into(), all_data(), clients, options))]
     }
 
     /// Writes as the guest would, and tells the bytes that the fleecing image has then.
@@ -221,6 +237,97 @@ async fn a_punched_hole_gives_whole_clusters_away() {
     assert_eq!(file.write(&[1]).expect_err("refused").raw_os_error(), Some(Errno::EROFS as i32));
     assert_eq!(file.set_len(0).expect_err("refused").raw_os_error(), Some(Errno::EROFS as i32));
     assert_eq!(file.read_at(&mut buffer, 0).expect("still there"), 4096);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_reads_in_order_is_read_ahead_of_and_never_beyond_what_can_be_read() {
+    let Some(access) = Access::start() else { return };
+    let map = extents(&[(MIB, Content::Clean), (5 * MIB + 4096, Content::Data), (SIZE, Content::Clean)]);
+    let Some(shown) = show(access.image(map).await, Duration::from_secs(30)) else { return };
+    let file = File::open(shown.path("scsi0")).expect("open");
+    // Lengths that fit what is fetched ahead, that lie across its borders, and as long as the kernel's longest.
+    for step in [64 * KIB, 96 * KIB, 300 * KIB, MIB] {
+        let (mut at, mut buffer) = (MIB, vec![0; step as usize]);
+        loop {
+            let read = file.read_at(&mut buffer, at).expect("all of it can be read") as u64;
+            assert_eq!(read, step.min(5 * MIB + 4096 - at), "short only where it ends");
+            assert!(buffer[..read as usize] == expected(at, read), "{read} bytes at {at}");
+            at += read;
+            if at == 5 * MIB + 4096 {
+                break;
+            }
+        }
+        assert_eq!(shown.log.warnings(), [""; 0], "nothing failed, neither seen nor unseen");
+    }
+    let error = file.read_at(&mut [0; 4096], 5 * MIB + 4096).expect_err("clean");
+    assert_eq!(error.raw_os_error(), Some(Errno::EIO as i32));
+    assert_eq!(shown.log.warnings().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_fetched_ahead_is_given_away_with_the_rest() {
+    let Some(access) = Access::start() else { return };
+    let Some(shown) = show(access.image(all_data()).await, Duration::from_secs(30)) else { return };
+    let file = OpenOptions::new().read(true).write(true).open(shown.path("scsi0")).expect("open for punching");
+    let mut buffer = vec![0; CLUSTER as usize];
+    for at in (0..MIB).step_by(CLUSTER as usize) {
+        file.read_exact_at(&mut buffer, at).expect("read");
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    fallocate(&file, HOLE, (MIB + CLUSTER) as i64, CLUSTER as i64).expect("punches");
+    file.read_exact_at(&mut buffer, MIB).expect("before the hole");
+    let error = file.read_at(&mut buffer, MIB + CLUSTER).expect_err("in it");
+    assert_eq!(error.raw_os_error(), Some(Errno::EIO as i32));
+    assert!(shown.log.warnings()[0].contains("was discarded"), "{:?}", shown.log.warnings());
+    file.read_exact_at(&mut buffer, MIB + 2 * CLUSTER).expect("behind it");
+    assert!(buffer == expected(MIB + 2 * CLUSTER, CLUSTER));
+    // As borg would: what was read is given away at once.
+    for at in (2 * MIB..4 * MIB).step_by(CLUSTER as usize) {
+        file.read_exact_at(&mut buffer, at).expect("read");
+        assert!(buffer == expected(at, CLUSTER));
+        fallocate(&file, HOLE, at as i64, CLUSTER as i64).expect("punches");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_readers_past_the_page_cache_get_what_they_asked_for() {
+    let Some(access) = Access::start() else { return };
+    let Some(shown) = show(access.image(all_data()).await, Duration::from_secs(30)) else { return };
+    let path = shown.path("scsi0");
+    std::thread::scope(|scope| {
+        for reader in 0..16u64 {
+            let path = &path;
+            scope.spawn(move || {
+                for round in 0..64u64 {
+                    let offset = (reader * 131 + round * 977) % (SIZE / 4096) * 4096;
+                    let len = if round % 8 == 0 { MIB } else { 4096 }.min(SIZE - offset);
+                    let read = read_direct(path, offset, len as usize).expect("read");
+                    assert!(read == expected(offset, len), "reader {reader}: {len} bytes at {offset}");
+                }
+            });
+        }
+    });
+    assert_eq!(shown.log.warnings(), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_hangs_keeps_no_reader_longer_than_the_deadline() {
+    let Some(access) = Access::start() else { return };
+    // Once with a deadline that the connections keep, once with one that they do not know.
+    for deadline in [Duration::from_secs(2), Duration::from_secs(1)] {
+        let images = access.image_within(Duration::from_secs(2)).await;
+        let Some(shown) = show(images, deadline) else { return };
+        let path = shown.path("scsi0");
+        assert!(read_direct(&path, 0, 4096).is_ok());
+        access.signal(Signal::SIGSTOP);
+        let begun = std::time::Instant::now();
+        let error = read_direct(&path, 0, 4096).expect_err("hangs");
+        let waited = begun.elapsed();
+        access.signal(Signal::SIGCONT);
+        assert_eq!(error.raw_os_error(), Some(Errno::EIO as i32));
+        assert!(waited >= deadline && waited < deadline + Duration::from_secs(3), "{waited:?}");
+        assert!(shown.log.warnings()[0].contains("within"), "{:?}", shown.log.warnings());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

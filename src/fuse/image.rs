@@ -3,7 +3,11 @@
 //! The session's thread only takes requests apart. Reads and discards are answered by tokio tasks, so many are under way at a
 //! time, each with a deadline: whoever reads a file cannot be interrupted while he waits for us.
 
-use super::session::{configure, directory_attributes, file_attributes};
+use super::{
+    ahead::{Ahead, Found},
+    answer::{Doing, ReadAnswer, Shared},
+    session::{configure, directory_attributes, file_attributes},
+};
 use crate::{nbd::NbdError, report::Events, restore::RestoreError};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -13,25 +17,23 @@ use fuser::{
     ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 use std::{
+    collections::HashMap,
     ffi::OsStr,
-    fmt::Write,
     io,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
 };
 use thiserror::Error;
-use tokio::{runtime::Handle, time::timeout};
 
 /// Nothing that is told about a file ever changes.
 const TTL: Duration = Duration::from_hours(1);
 const BLOCK: u32 = 4096;
 /// `fallocate(2)`: `FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE`.
 const PUNCH_HOLE: i32 = 0x3;
-/// So many failures are told in [`LOG_PERIOD`]; the others are counted. A reader that goes on after errors has thousands.
-const LOG_BURST: u32 = 16;
-const LOG_PERIOD: Duration = Duration::from_secs(10);
-
 /// Why a file does not do what it was asked.
 #[derive(Debug, Error)]
 pub enum ImageError {
@@ -59,7 +61,7 @@ pub enum ImageError {
 }
 
 impl ImageError {
-    fn errno(&self) -> Errno {
+    pub(super) fn errno(&self) -> Errno {
         match self {
             Self::NotSupported => Errno::EOPNOTSUPP,
             _ => Errno::EIO,
@@ -115,6 +117,17 @@ pub trait Image: Send + Sync + 'static {
     /// `len` bytes at `offset`, which lie inside the file; with [`Caching::Direct`] also fewer, but at least one.
     async fn read(&self, offset: u64, len: usize) -> Result<Bytes, ImageError>;
 
+    /// Answers [`Image::read`] without a task, if that is possible: from whatever thread, later, and within `answer.deadline()`.
+    /// Otherwise `answer` comes back.
+    fn start_read(&self, _offset: u64, _len: usize, answer: ReadAnswer) -> Option<ReadAnswer> {
+        Some(answer)
+    }
+
+    /// Whether all of `len` bytes at `offset`, which could be read before, still can.
+    fn has_still(&self, _offset: u64, _len: usize) -> bool {
+        true
+    }
+
     /// Gives away `len` bytes at `offset`, which lie inside the file. They need not be readable any more.
     async fn punch(&self, offset: u64, len: u64) -> Result<(), ImageError>;
 
@@ -136,15 +149,16 @@ pub struct ViewOptions {
 /// A directory of images.
 pub struct ImageView {
     images: Vec<Arc<dyn Image>>,
-    options: ViewOptions,
-    runtime: Handle,
-    complaints: Arc<Complaints>,
+    shared: Arc<Shared>,
+    /// Open files that the kernel does not read ahead of.
+    open: Mutex<HashMap<u64, Arc<Ahead>>>,
+    next_handle: AtomicU64,
 }
 
 impl ImageView {
     /// Shows `images`, whose names differ. Requests are answered by tasks of the tokio runtime in which this is called.
     pub fn new(images: Vec<Arc<dyn Image>>, options: ViewOptions) -> Self {
-        Self { images, options, runtime: Handle::current(), complaints: Arc::default() }
+        Self { images, shared: Arc::new(Shared::new(options)), open: Mutex::default(), next_handle: AtomicU64::new(1) }
     }
 
     fn image(&self, ino: INodeNo) -> Option<&Arc<dyn Image>> {
@@ -153,78 +167,22 @@ impl ImageView {
 
     fn attributes(&self, ino: INodeNo) -> Option<FileAttr> {
         if ino == INodeNo::ROOT {
-            return Some(directory_attributes(ino, self.options.time));
+            return Some(directory_attributes(ino, self.shared.options.time));
         }
         let image = self.image(ino)?;
-        let attributes = file_attributes(ino, image.size(), self.options.time);
+        let attributes = file_attributes(ino, image.size(), self.shared.options.time);
         let perm = if image.punching() == Punch::Offered { 0o600 } else { 0o400 };
         // Programs look for holes only where a file has fewer blocks than its size needs.
         Some(FileAttr { blocks: image.data_bytes().div_ceil(512), blksize: 1 << 20, perm, ..attributes })
     }
 
-    /// Answers in a task; `doing` is what the log calls it.
-    fn answer<T: Send + 'static>(
-        &self,
-        image: &Arc<dyn Image>,
-        doing: String,
-        work: impl Future<Output = Result<T, ImageError>> + Send + 'static,
-        reply: impl FnOnce(Result<T, Errno>) + Send + 'static,
-    ) {
-        let (options, image, complaints) = (self.options.clone(), image.clone(), self.complaints.clone());
-        self.runtime.spawn(async move {
-            let outcome = timeout(options.deadline, work).await;
-            reply(outcome.unwrap_or(Err(ImageError::TimedOut(options.deadline))).map_err(|error| {
-                if !matches!(error, ImageError::NotSupported) {
-                    complaints.tell(&options.events, image.name(), &doing, &error);
-                }
-                error.errno()
-            }));
-        });
+    fn open_files(&self) -> MutexGuard<'_, HashMap<u64, Arc<Ahead>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Inode of the first image; 1 is the directory.
 const FIRST: u64 = 2;
-
-/// Failures on their way to the log, not more than anybody reads.
-#[derive(Default)]
-struct Complaints(Mutex<Option<Told>>);
-
-struct Told {
-    since: Instant,
-    count: u32,
-}
-
-impl Complaints {
-    fn tell(&self, events: &Events, disk: &str, doing: &str, error: &ImageError) {
-        let mut left_out = 0;
-        {
-            let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            match told.as_mut() {
-                Some(told) if told.since.elapsed() < LOG_PERIOD => {
-                    told.count = told.count.saturating_add(1);
-                    if told.count > LOG_BURST {
-                        return;
-                    }
-                }
-                other => {
-                    left_out = other.map_or(0, |told| told.count.saturating_sub(LOG_BURST));
-                    *told = Some(Told { since: Instant::now(), count: 1 });
-                }
-            }
-        }
-        let mut text = format!("disk `{disk}`: {doing} fails: {error}");
-        let mut cause = std::error::Error::source(error);
-        while let Some(next) = cause {
-            let _ = write!(text, ": {next}");
-            cause = next.source();
-        }
-        if left_out > 0 {
-            let _ = write!(text, " ({left_out} failures before it are not listed)");
-        }
-        events.warn(text);
-    }
-}
 
 impl Filesystem for ImageView {
     fn init(&mut self, _: &Request, kernel: &mut KernelConfig) -> io::Result<()> {
@@ -255,19 +213,23 @@ impl Filesystem for ImageView {
         if flags.acc_mode() != OpenAccMode::O_RDONLY && image.punching() == Punch::Refused {
             return reply.error(Errno::EROFS);
         }
-        let flags = match image.caching() {
-            Caching::Cached => FopenFlags::FOPEN_KEEP_CACHE,
-            Caching::Direct => FopenFlags::FOPEN_DIRECT_IO,
+        let (handle, flags) = match image.caching() {
+            Caching::Cached => (0, FopenFlags::FOPEN_KEEP_CACHE),
+            Caching::Direct => {
+                let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
+                self.open_files().insert(handle, Arc::default());
+                (handle, FopenFlags::FOPEN_DIRECT_IO)
+            }
         };
         // Closing a file, which every exec of a program that has it open does, must not wait for us.
-        reply.opened(FileHandle(0), flags | FopenFlags::FOPEN_NOFLUSH);
+        reply.opened(FileHandle(handle), flags | FopenFlags::FOPEN_NOFLUSH);
     }
 
     fn read(
         &self,
         _: &Request,
         ino: INodeNo,
-        _: FileHandle,
+        handle: FileHandle,
         offset: u64,
         size: u32,
         _: OpenFlags,
@@ -279,12 +241,36 @@ impl Filesystem for ImageView {
         if len == 0 {
             return reply.data(&[]);
         }
-        let reader = image.clone();
-        let work = async move { reader.read(offset, len as usize).await };
-        self.answer(image, format!("reading {len} bytes at {offset}"), work, |outcome| match outcome {
-            Ok(bytes) => reply.data(&bytes),
-            Err(errno) => reply.error(errno),
-        });
+        let ahead = self.open_files().get(&handle.0).cloned();
+        let (turn, found) = match ahead.map(|ahead| ahead.look(image, &self.shared.runtime, offset, len as usize)) {
+            Some((turn, found)) => (Some(turn), found),
+            None => (None, Found::No),
+        };
+        let (shared, image, len) = (self.shared.clone(), image.clone(), len as usize);
+        let answer = ReadAnswer { shared, image: image.clone(), offset, len, reply, turn };
+        match found {
+            Found::Here(bytes) if image.has_still(offset, len) => answer.data(&bytes),
+            Found::Coming(coming) => answer.when_come(coming),
+            Found::Here(_) | Found::No => {
+                if let Some(answer) = image.start_read(offset, len, answer) {
+                    answer.by_task();
+                }
+            }
+        }
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.open_files().remove(&handle.0);
+        reply.ok();
     }
 
     fn fallocate(
@@ -305,11 +291,15 @@ impl Filesystem for ImageView {
         if len == 0 {
             return reply.ok();
         }
-        let puncher = image.clone();
-        let work = async move { puncher.punch(offset, len).await };
-        self.answer(image, format!("discarding {len} bytes at {offset}"), work, |outcome| match outcome {
-            Ok(()) => reply.ok(),
-            Err(errno) => reply.error(errno),
+        let (shared, image) = (self.shared.clone(), image.clone());
+        self.shared.runtime.spawn(async move {
+            match shared.in_time(image.punch(offset, len)).await {
+                Ok(()) => reply.ok(),
+                Err(error) => {
+                    shared.complain(&*image, Doing::Discarding(offset, len), &error);
+                    reply.error(error.errno());
+                }
+            }
         });
     }
 

@@ -6,7 +6,10 @@
 //!
 //! This room must not know QEMU, nor providers' repositories.
 
+mod ahead;
+mod answer;
 pub mod archive;
+mod buffers;
 pub mod export;
 pub mod image;
 pub mod mounts;
@@ -19,5 +22,6 @@ mod archive_tests;
 #[cfg(test)]
 mod export_tests;
 
+pub use answer::ReadAnswer;
 pub use image::{Image, ImageError, ImageView, ViewOptions};
 pub use session::{FuseError, Mount, MountOptions, Unmounted};

@@ -1,7 +1,7 @@
 //! One connection, as its users see it.
 
 use super::{
-    connection::{Connection, Pending, Work},
+    connection::{Answer, Connection, Pending, Work},
     coverage::Coverage,
     error::NbdError,
     handshake::{ExportInfo, negotiate},
@@ -47,6 +47,12 @@ impl ConnectOptions {
     /// Two connections with two reads of 4 MiB each brought half of what the same amount in flight brings in requests of 1 MiB
     /// (QEMU 10.0.2, page cache, two cores).
     pub const LONGEST_READ: u32 = 1 << 20;
+}
+
+/// Who gets the outcome of [`Client::start_read`].
+pub trait ReadDone: Send + 'static {
+    /// Called once, by the task that receives the connection's replies or by the one that ends it; must not block.
+    fn read_done(self, outcome: Result<BytesMut, NbdError>);
 }
 
 /// Ends the connection when the last clone of its [`Client`] is gone.
@@ -152,7 +158,7 @@ impl Client {
     /// buffer is lost then.
     pub async fn read(&self, offset: u64, mut buffer: BytesMut) -> Result<(BytesMut, bool), NbdError> {
         self.asked(Command::Read, offset, buffer.len() as u64)?;
-        let longest = self.info().max_block.min(self.longest_read).max(1) as usize;
+        let longest = self.longest_read().max(1) as usize;
         let rest = (buffer.len() > longest).then(|| buffer.split_off(longest));
         if buffer.is_empty() {
             return Ok((buffer, true));
@@ -176,6 +182,44 @@ impl Client {
             holes &= only_holes;
         }
         Ok((whole, holes))
+    }
+
+    /// The longest read that is sent as one request, bytes.
+    pub fn longest_read(&self) -> u32 {
+        self.info().max_block.min(self.longest_read)
+    }
+
+    /// Limit for every request, from the moment it is sent.
+    pub fn deadline(&self) -> Duration {
+        self.connection().deadline()
+    }
+
+    /// Like [`Self::read`], for callers that wait for nothing, also outside of the runtime: `done` gets the outcome.
+    ///
+    /// # Errors
+    /// Both arguments come back when the read cannot be sent at once: it has no bytes or more than [`Self::longest_read`], it
+    /// is out of bounds, too much is in flight, or the connection has ended. [`Self::read`] waits, or says why.
+    pub fn start_read<D: ReadDone>(&self, offset: u64, buffer: BytesMut, done: D) -> Result<(), (BytesMut, D)> {
+        let asked = match self.asked(Command::Read, offset, buffer.len() as u64) {
+            Ok(asked) if (1..=u64::from(self.longest_read())).contains(&asked.len) => asked,
+            _ => return Err((buffer, done)),
+        };
+        let Some(permit) = self.connection().permit() else { return Err((buffer, done)) };
+        let covered = Coverage::new(buffer.len());
+        let call = move |result| {
+            done.read_done(match result {
+                Ok(Work::Read { buffer, .. }) => Ok(buffer),
+                Ok(Work::Status { .. } | Work::Trim) => Err(NbdError::Closed { cause: None }),
+                Err(error) => Err(error),
+            });
+        };
+        self.connection().begin(
+            asked,
+            Work::Read { buffer, covered, data: false },
+            Answer::Call(Box::new(call)),
+            permit,
+        );
+        Ok(())
     }
 
     async fn submit_read(&self, offset: u64, buffer: BytesMut) -> Result<Pending, NbdError> {

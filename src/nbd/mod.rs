@@ -27,8 +27,10 @@ mod qemu_tests;
 mod scripted_server;
 #[cfg(test)]
 mod scripted_tests;
+#[cfg(test)]
+mod started_tests;
 
-pub use client::{Client, ConnectOptions, MAX_EXTENTS};
+pub use client::{Client, ConnectOptions, MAX_EXTENTS, ReadDone};
 pub use connection::MAX_IN_FLIGHT;
 pub use connections::Connections;
 pub use error::NbdError;

@@ -1,0 +1,157 @@
+//! Answers to what readers ask of images: in time, or with an error and its reason in the log.
+
+use super::{
+    ahead::{Coming, Turn},
+    image::{Image, ImageError, ViewOptions},
+};
+use crate::report::Events;
+use fuser::ReplyData;
+use std::{
+    fmt::{self, Display, Write},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+use tokio::{runtime::Handle, time::timeout};
+
+/// So many failures are told in [`LOG_PERIOD`]; the others are counted. A reader that goes on after errors has thousands.
+const LOG_BURST: u32 = 16;
+const LOG_PERIOD: Duration = Duration::from_secs(10);
+
+/// What the answers need.
+pub(super) struct Shared {
+    pub options: ViewOptions,
+    pub runtime: Handle,
+    complaints: Complaints,
+}
+
+impl Shared {
+    pub fn new(options: ViewOptions) -> Self {
+        Self { options, runtime: Handle::current(), complaints: Complaints::default() }
+    }
+
+    pub fn complain(&self, image: &dyn Image, doing: Doing, error: &ImageError) {
+        if !matches!(error, ImageError::NotSupported) {
+            self.complaints.tell(&self.options.events, image.name(), doing, error);
+        }
+    }
+
+    pub async fn in_time<T>(&self, work: impl Future<Output = Result<T, ImageError>>) -> Result<T, ImageError> {
+        let deadline = self.options.deadline;
+        timeout(deadline, work).await.unwrap_or(Err(ImageError::TimedOut(deadline)))
+    }
+}
+
+/// A read that waits for its answer.
+pub struct ReadAnswer {
+    pub(super) shared: Arc<Shared>,
+    pub(super) image: Arc<dyn Image>,
+    pub(super) offset: u64,
+    pub(super) len: usize,
+    pub(super) reply: ReplyData,
+    /// Held until the answer, and not longer: the next read may come before we know that this one was answered.
+    pub(super) turn: Option<Turn>,
+}
+
+impl ReadAnswer {
+    /// How long the reader waits at most.
+    pub fn deadline(&self) -> Duration {
+        self.shared.options.deadline
+    }
+
+    /// Here they are.
+    pub fn data(self, bytes: &[u8]) {
+        drop(self.turn);
+        self.reply.data(bytes);
+    }
+
+    /// It cannot be read: the reader gets an error and the log the reason.
+    pub fn fail(self, error: &ImageError) {
+        self.shared.complain(&*self.image, Doing::Reading(self.offset, self.len), error);
+        drop(self.turn);
+        self.reply.error(error.errno());
+    }
+
+    /// Reads in a task.
+    pub fn by_task(self) {
+        let (shared, image) = (self.shared.clone(), self.image.clone());
+        self.shared.runtime.clone().spawn(async move {
+            match shared.in_time(image.read(self.offset, self.len)).await {
+                Ok(bytes) => self.data(&bytes),
+                Err(error) => self.fail(&error),
+            }
+        });
+    }
+
+    /// Waits in a task for what was fetched ahead; without it, reads.
+    pub(super) fn when_come(self, coming: Coming) {
+        let (shared, image) = (self.shared.clone(), self.image.clone());
+        self.shared.runtime.clone().spawn(async move {
+            let work = async {
+                match coming.bytes().await {
+                    Some(bytes) if image.has_still(self.offset, self.len) => Ok(bytes),
+                    _ => image.read(self.offset, self.len).await,
+                }
+            };
+            match shared.in_time(work).await {
+                Ok(bytes) => self.data(&bytes),
+                Err(error) => self.fail(&error),
+            }
+        });
+    }
+}
+
+/// What the log calls it.
+#[derive(Clone, Copy)]
+pub(super) enum Doing {
+    Reading(u64, usize),
+    Discarding(u64, u64),
+}
+
+impl Display for Doing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reading(offset, len) => write!(f, "reading {len} bytes at {offset}"),
+            Self::Discarding(offset, len) => write!(f, "discarding {len} bytes at {offset}"),
+        }
+    }
+}
+
+/// Failures on their way to the log, not more than anybody reads.
+#[derive(Default)]
+struct Complaints(Mutex<Option<Told>>);
+
+struct Told {
+    since: Instant,
+    count: u32,
+}
+
+impl Complaints {
+    fn tell(&self, events: &Events, disk: &str, doing: Doing, error: &ImageError) {
+        let mut left_out = 0;
+        {
+            let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            match told.as_mut() {
+                Some(told) if told.since.elapsed() < LOG_PERIOD => {
+                    told.count = told.count.saturating_add(1);
+                    if told.count > LOG_BURST {
+                        return;
+                    }
+                }
+                other => {
+                    left_out = other.map_or(0, |told| told.count.saturating_sub(LOG_BURST));
+                    *told = Some(Told { since: Instant::now(), count: 1 });
+                }
+            }
+        }
+        let mut text = format!("disk `{disk}`: {doing} fails: {error}");
+        let mut cause = std::error::Error::source(error);
+        while let Some(next) = cause {
+            let _ = write!(text, ": {next}");
+            cause = next.source();
+        }
+        if left_out > 0 {
+            let _ = write!(text, " ({left_out} failures before it are not listed)");
+        }
+        events.warn(text);
+    }
+}
