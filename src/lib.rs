@@ -19,6 +19,8 @@ pub mod config;
 pub mod copy;
 pub mod extent;
 pub mod fuse;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod generation;
 pub mod guest;
 pub mod journal;

@@ -80,11 +80,16 @@ impl Record {
         match fs::read(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => nothing("first backup to this target".into()),
             Err(error) => nothing(format!("generation record cannot be read: {error}")),
-            Ok(bytes) => match serde_json::from_slice::<Self>(&bytes) {
-                Ok(record) if record.version == VERSION => (record, None),
-                Ok(record) => nothing(format!("generation record has version {}", record.version)),
-                Err(error) => nothing(format!("generation record is damaged: {error}")),
-            },
+            Ok(bytes) => Self::parse(&bytes).map_or_else(nothing, |record| (record, None)),
+        }
+    }
+
+    /// Reads a record's bytes, or says why they are none.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, String> {
+        match serde_json::from_slice::<Self>(bytes) {
+            Ok(record) if record.version == VERSION => Ok(record),
+            Ok(record) => Err(format!("generation record has version {}", record.version)),
+            Err(error) => Err(format!("generation record is damaged: {error}")),
         }
     }
 

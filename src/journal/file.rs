@@ -57,12 +57,12 @@ pub(super) fn path(dir: &Path, guest: &str) -> PathBuf {
 }
 
 /// The steps in a journal's text. Lines that make no sense are passed over.
-pub(super) fn parse(text: &[u8]) -> Vec<Step> {
+pub(crate) fn parse(text: &[u8]) -> Vec<Step> {
     text.split_inclusive(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect()
 }
 
 /// Steps without those that were undone.
-pub(super) fn not_undone(steps: &[Step]) -> Leftover {
+pub(crate) fn not_undone(steps: &[Step]) -> Leftover {
     let mut open: Vec<Step> = Vec::new();
     for step in steps {
         match step {

@@ -11,6 +11,9 @@ mod look;
 pub use file::{Journal, JournalError, Leftover};
 pub use look::{Glimpse, look};
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use file::{not_undone, parse};
+
 use crate::access::DiskAccess;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};

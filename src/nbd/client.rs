@@ -99,7 +99,11 @@ impl Client {
     pub(super) async fn start(mut stream: UnixStream, options: &ConnectOptions) -> Result<Self, NbdError> {
         let info = negotiate(&mut stream, &options.export, &options.contexts).await?;
         let connection = Connection::start(stream, info, options.deadline.min(LONGEST_DEADLINE));
-        Ok(Self { handle: Arc::new(Handle(connection)), longest_read: options.longest_read })
+        Ok(Self::of(connection, options.longest_read))
+    }
+
+    pub(super) fn of(connection: Arc<Connection>, longest_read: u32) -> Self {
+        Self { handle: Arc::new(Handle(connection)), longest_read }
     }
 
     fn connection(&self) -> &Connection {

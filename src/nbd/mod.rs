@@ -14,6 +14,8 @@ mod connection;
 mod connections;
 mod coverage;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod handshake;
 mod option;
 mod receive;

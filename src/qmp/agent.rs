@@ -108,6 +108,12 @@ impl Agent {
         Self { socket: socket.into(), wire: None }
     }
 
+    /// An agent that is connected already.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn over(stream: UnixStream) -> Self {
+        Self { socket: PathBuf::new(), wire: Some(Wire::new(stream, LINE_LIMIT)) }
+    }
+
     /// Its socket.
     pub fn socket(&self) -> &Path {
         &self.socket

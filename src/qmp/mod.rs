@@ -2,6 +2,8 @@
 
 pub mod agent;
 pub mod command;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod limits;
 pub mod schema;
 mod session;

@@ -164,10 +164,7 @@ impl Qmp {
             }
             sleep(RETRY).await;
         };
-        let peer_pid = wire.stream().peer_cred().ok().and_then(|peer| peer.pid()).filter(|pid| *pid > 0);
-        let mut session = Session { wire, peer_pid, greeting, events: VecDeque::new() };
-        session.execute_value("qmp_capabilities", Value::Null).await?;
-        Ok(session)
+        Session::negotiate(wire, greeting).await
     }
 
     /// One command in a session of its own.
@@ -261,6 +258,23 @@ enum Message {
 }
 
 impl Session {
+    async fn negotiate(wire: Wire<UnixStream>, greeting: Greeting) -> Result<Self, QmpError> {
+        let peer_pid = wire.stream().peer_cred().ok().and_then(|peer| peer.pid()).filter(|pid| *pid > 0);
+        let mut session = Self { wire, peer_pid, greeting, events: VecDeque::new() };
+        session.execute_value("qmp_capabilities", Value::Null).await?;
+        Ok(session)
+    }
+
+    /// A session with a peer that is connected already.
+    #[cfg(any(test, fuzzing))]
+    pub(super) async fn over(stream: UnixStream) -> Result<Self, QmpError> {
+        let mut wire = Wire::new(stream, LINE_LIMIT);
+        let closed = || QmpError::Closed { command: GREETING.into() };
+        let greeting =
+            timeout(GREETING_AT_LEAST, greeting(&mut wire)).await.map_err(|_| closed())??.ok_or_else(closed)?;
+        Self::negotiate(wire, greeting).await
+    }
+
     /// Sends a command and waits for its answer, for at most the command's time limit ([`limit_of`]).
     ///
     /// # Errors

@@ -74,7 +74,7 @@ impl Header {
     }
 
     /// `head` is the first cluster of a file of `len` bytes.
-    fn parse(head: &[u8], len: u64) -> Result<Self, HeaderError> {
+    pub(super) fn parse(head: &[u8], len: u64) -> Result<Self, HeaderError> {
         let bytes = Bytes(head);
         if bytes.u32(0)? != MAGIC {
             return foreign("it is no qcow2 image");

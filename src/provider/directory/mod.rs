@@ -427,3 +427,13 @@ impl Provider for DirectoryProvider {
         Ok(Box::new(Reader { guest, archive, epoch, manifest, open: Mutex::new(None), _reading: reading }))
     }
 }
+
+/// An image's first cluster, and how long the rest is claimed to be (first 8 bytes). `true` when it is one of ours.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz_header(bytes: &[u8]) -> bool {
+    let Some((len, head)) = bytes.split_first_chunk::<8>() else { return false };
+    header::Header::parse(head, u64::from_be_bytes(*len)).is_ok_and(|header| {
+        assert!(header.backing.is_none_or(|name| name.len() <= 1023));
+        true
+    })
+}
