@@ -31,4 +31,5 @@ mod qcow2;
 pub mod qmp;
 pub mod report;
 pub mod restore;
+pub mod rights;
 pub mod segment;

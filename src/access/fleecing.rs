@@ -235,7 +235,7 @@ async fn within<T>(work: tokio::task::JoinHandle<io::Result<T>>) -> io::Result<T
 }
 
 async fn format_qcow2(path: &Path, size: u64) -> io::Result<()> {
-    let mut command = Command::new("qemu-img");
+    let mut command = Command::from(crate::rights::command("qemu-img"));
     // TRIMs are aligned to 64 KiB, so the clusters must not be larger.
     command.args(["create", "-q", "-f", "qcow2", "-o", "cluster_size=65536"]).arg(path).arg(size.to_string());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);

@@ -148,7 +148,7 @@ impl Storage {
     }
 
     async fn run(&self, arguments: &[&str]) -> io::Result<String> {
-        let output = Command::new(&self.pvesm)
+        let output = Command::from(crate::rights::command(&self.pvesm))
             .args(arguments)
             .stdin(Stdio::null())
             .env("LC_ALL", "C")

@@ -103,7 +103,7 @@ impl Watchdog {
     /// See [`WatchdogError`].
     pub async fn arm(agent: Option<PathBuf>, qmp: Option<PathBuf>) -> Result<Self, WatchdogError> {
         // Unlike the path of our program this finds it even after it was replaced by an update.
-        let mut command = Command::new("/proc/self/exe");
+        let mut command = Command::from(crate::rights::command("/proc/self/exe"));
         command.arg0("pvebackup").arg(SUBCOMMAND);
         for (option, socket) in [("--agent", &agent), ("--qmp", &qmp)] {
             if let Some(socket) = socket {

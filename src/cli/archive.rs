@@ -24,6 +24,11 @@ pub(super) struct ArchiveArgs {
 }
 
 impl ArchiveArgs {
+    /// The target as it was named.
+    pub fn target(&self) -> Option<&str> {
+        self.target.as_deref()
+    }
+
     /// Opens the target and finds the archive.
     pub async fn find(&self, context: &Context) -> Result<(ProviderThread, ArchiveInfo)> {
         let selector: Selector = self.archive.parse().map_err(|e: NameError| Usage(e.to_string()))?;

@@ -13,6 +13,12 @@ pub(super) struct InfoArgs {
     archive: ArchiveArgs,
 }
 
+impl InfoArgs {
+    pub(super) fn target(&self) -> Option<&str> {
+        self.archive.target()
+    }
+}
+
 pub(super) async fn run(args: InfoArgs, context: Context) -> Result<u8> {
     let (mut provider, info) = args.archive.find(&context).await?;
     let id = info.id.clone();

@@ -14,6 +14,12 @@ pub(super) struct ListArgs {
     target: Option<String>,
 }
 
+impl ListArgs {
+    pub(super) fn target(&self) -> Option<&str> {
+        self.target.as_deref()
+    }
+}
+
 pub(super) async fn run(args: ListArgs, context: Context) -> Result<u8> {
     let mut provider = super::target::open(args.target.as_deref(), &context).await?;
     let list = provider.run(move |p| p.list(args.guest.as_deref())).await?;

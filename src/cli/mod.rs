@@ -17,7 +17,9 @@ mod watchdog;
 
 use crate::{
     config::{Config, Dirs},
+    provider::Reach,
     report::{self, Monitor},
+    rights::{self, Confinement},
 };
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
@@ -117,12 +119,23 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { exit::USAGE } else { exit::OK });
         }
     };
+    rights::keep_private();
     if let Command::Watchdog(args) = cli.command {
         return watchdog::run(args);
     }
     start_log(cli.global.verbose);
-    // Nothing that we make is for anybody else.
-    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    let dirs = dirs(&cli.global);
+    let config = match Config::load(&dirs.config) {
+        Ok(config) => config,
+        Err(error) => {
+            say(&render(&error.into()));
+            return ExitCode::from(exit::USAGE);
+        }
+    };
+    // Before there is a second thread.
+    if let Some(confinement) = cli.command.confinement(&dirs, &config) {
+        confinement.apply();
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -130,39 +143,54 @@ pub fn main() -> ExitCode {
             return ExitCode::from(exit::FAILED);
         }
     };
-    let code = runtime.block_on(run(cli));
+    let code = runtime.block_on(run(cli, dirs, config));
     // A provider's thread that hangs must not keep us here: what it left is in the journal.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
     ExitCode::from(code)
 }
 
-async fn run(cli: Cli) -> u8 {
-    let stop = stop::Stop::listen();
-    let result = async {
-        let mut dirs = Dirs::from_env();
-        let mut global = cli.global;
-        if let Some(dir) = global.config_dir.take() {
-            dirs.config = dir;
+fn dirs(global: &Global) -> Dirs {
+    let mut dirs = Dirs::from_env();
+    if let Some(dir) = &global.config_dir {
+        dirs.config.clone_from(dir);
+    }
+    if let Some(dir) = &global.state_dir {
+        if dirs.fleecing == dirs.state.join("fleecing") {
+            dirs.fleecing = dir.join("fleecing");
         }
-        if let Some(dir) = global.state_dir.take() {
-            if dirs.fleecing == dirs.state.join("fleecing") {
-                dirs.fleecing = dir.join("fleecing");
-            }
-            dirs.state = dir;
-        }
-        if let Some(dir) = global.run_dir.take() {
-            dirs.run = dir;
-        }
-        let context = Context {
-            config: Config::load(&dirs.config)?,
-            dirs,
-            monitor: monitor(&global),
-            json: global.json,
-            stop: stop.clone(),
+        dirs.state.clone_from(dir);
+    }
+    if let Some(dir) = &global.run_dir {
+        dirs.run.clone_from(dir);
+    }
+    dirs
+}
+
+impl Command {
+    /// What a command may keep that reads archives, which others wrote. `None`: everything.
+    fn confinement(&self, dirs: &Dirs, config: &Config) -> Option<Confinement> {
+        let reading = |target: Option<&str>, destinations: Vec<PathBuf>| {
+            // A target that does not exist is the command's to report.
+            let (_, table) = config.target(target, &dirs.state).ok()?;
+            let Reach { mut writable, network } = Reach::of(&table, dirs);
+            writable.extend(destinations);
+            Some(Confinement::Files { writable, network })
         };
-        dispatch(cli.command, context).await
-    };
-    match result.await {
+        match self {
+            Self::Restore(args) => reading(args.target(), args.destinations()),
+            Self::List(args) => reading(args.target(), Vec::new()),
+            Self::Info(args) => reading(args.target(), Vec::new()),
+            Self::Mount(_) => Some(Confinement::Mount),
+            _ => None,
+        }
+    }
+}
+
+async fn run(cli: Cli, dirs: Dirs, config: Config) -> u8 {
+    let stop = stop::Stop::listen();
+    let monitor = monitor(&cli.global);
+    let context = Context { config, dirs, monitor, json: cli.global.json, stop: stop.clone() };
+    match dispatch(cli.command, context).await {
         Ok(code) => code,
         Err(error) => {
             say(&render(&error));

@@ -29,6 +29,23 @@ pub(super) struct RestoreArgs {
     overwrite: bool,
 }
 
+impl RestoreArgs {
+    pub(super) fn target(&self) -> Option<&str> {
+        self.archive.target()
+    }
+
+    /// What is written to.
+    pub(super) fn destinations(&self) -> Vec<PathBuf> {
+        let disks = self.disk.iter().filter_map(|item| Some(PathBuf::from(item.split_once('=')?.1)));
+        // A file is written under another name first; beside a device nothing is.
+        let places = disks.map(|path| match path.parent() {
+            Some(parent) if path.metadata().map_or(true, |meta| meta.is_file()) => parent.to_owned(),
+            _ => path,
+        });
+        places.chain(self.to_dir.clone()).collect()
+    }
+}
+
 fn parse_format(text: &str) -> Result<ImageFormat, String> {
     match text {
         "raw" => Ok(ImageFormat::Raw),

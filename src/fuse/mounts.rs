@@ -11,7 +11,7 @@ use std::{
     fs,
     os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Stdio,
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -174,7 +174,7 @@ pub(super) fn abort(connection: u64) -> bool {
 
 fn detach_with_helper(path: &Path, busy: Busy) -> Result<(), FuseError> {
     for helper in HELPERS {
-        let mut command = Command::new(helper);
+        let mut command = crate::rights::command(helper);
         command.arg("-u").args((busy == Busy::Abort).then_some("-z")).arg("--").arg(path);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = match command.spawn() {

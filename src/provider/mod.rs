@@ -12,10 +12,12 @@
 pub mod borg;
 pub mod directory;
 pub mod null;
+mod reach;
 #[cfg(feature = "restic")]
 pub mod restic;
 mod target;
 
+pub use reach::Reach;
 pub use target::{for_target, init_target};
 
 use crate::{

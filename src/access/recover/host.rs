@@ -60,7 +60,7 @@ fn remove_run_dir(path: &Path) -> io::Result<()> {
 
 /// Frees a volume of a Proxmox storage; one that is gone already counts as freed.
 async fn free(pvesm: &Path, volume: &str) -> Result<(), String> {
-    let mut command = Command::new(pvesm);
+    let mut command = Command::from(crate::rights::command(pvesm));
     command.args(["free", volume]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
     let output = match timeout(FREE_LIMIT, command.output()).await {
         Err(_) => return Err(format!("{} does not end within {FREE_LIMIT:?}", pvesm.display())),

@@ -9,7 +9,7 @@ use std::{
     io::{Read, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Stdio,
     time::{Duration, Instant},
 };
 
@@ -196,7 +196,7 @@ fn run(words: &[String]) -> Result<SecretString, ProviderError> {
         return Err(credentials("the password command is empty".into()));
     };
     let what = format!("password command `{program}`");
-    let mut child = Command::new(program)
+    let mut child = crate::rights::command(program)
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
