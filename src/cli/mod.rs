@@ -180,6 +180,7 @@ impl Command {
             Self::Restore(args) => reading(args.target(), args.destinations()),
             Self::List(args) => reading(args.target(), Vec::new()),
             Self::Info(args) => reading(args.target(), Vec::new()),
+            Self::Prune(args) => reading(args.target(), Vec::new()),
             Self::Mount(_) => Some(Confinement::Mount),
             _ => None,
         }

@@ -27,6 +27,12 @@ pub(super) struct PruneArgs {
     dry_run: bool,
 }
 
+impl PruneArgs {
+    pub(super) fn target(&self) -> Option<&str> {
+        self.target.as_deref()
+    }
+}
+
 pub(super) async fn run(args: PruneArgs, context: Context) -> Result<u8> {
     let (name, table) = context.config.target(args.target.as_deref(), &context.dirs.state)?;
     if let Some(how) = table.retention_elsewhere() {
