@@ -90,6 +90,7 @@ struct Work {
     bitmaps: Vec<Switch>,
     servers: Vec<Step>,
     fleecing: Vec<Step>,
+    mounts: Vec<Step>,
     directories: Vec<Step>,
 }
 
@@ -125,6 +126,7 @@ impl Work {
                 }
                 Step::NbdServer { .. } => work.servers.push(step),
                 Step::FleecingFile { .. } | Step::FleecingVolume { .. } => work.fleecing.push(step),
+                Step::Mount { .. } => work.mounts.push(step),
                 Step::RunDir { .. } => work.directories.push(step),
                 Step::Resumed | Step::Thawed | Step::Stored { .. } | Step::ByHand { .. } | Step::Undone { .. } => {}
             }

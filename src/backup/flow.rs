@@ -217,6 +217,10 @@ impl Flow<'_> {
 
     async fn copy(&mut self) -> Result<Ended> {
         self.events.phase(Phase::Copy);
+        let guest = self.guest.id.to_string();
+        if let Some(path) = self.provider.run(move |p| Ok(p.mountpoint(&guest))).await? {
+            self.journal.record(&Step::Mount { path })?;
+        }
         let ground = earlier(self.ground.as_mut())?;
         let planned = earlier(self.planned.as_mut())?;
         let baselines = std::mem::take(&mut ground.baselines);

@@ -112,6 +112,11 @@ pub enum Step {
         /// Its socket.
         socket: PathBuf,
     },
+    /// A FUSE file system that the run serves. It is dead when the run is, but its place stays taken.
+    Mount {
+        /// Where.
+        path: PathBuf,
+    },
     /// An NBD export.
     Export {
         /// Its id.
@@ -159,6 +164,7 @@ impl Step {
             Self::Thawed => "thawed".into(),
             Self::Access { target_id } => format!("access {target_id}"),
             Self::NbdServer { socket } => format!("nbd-server {}", socket.display()),
+            Self::Mount { path } => format!("mount {}", path.display()),
             Self::Export { id } => format!("export {id}"),
             Self::Stored { archive } => format!("stored {archive}"),
             Self::ByHand { since, .. } => format!("by-hand {since}"),

@@ -25,6 +25,7 @@ use crate::{
     segment::{Segment, SegmentLen, SegmentTable},
 };
 use jiff::Timestamp;
+use std::path::PathBuf;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
@@ -240,6 +241,11 @@ pub trait Provider: Send {
     /// How the disks are wanted.
     fn mechanism(&self) -> Mechanism {
         Mechanism::Segments
+    }
+
+    /// Where a backup of `guest` mounts something while it runs, for the recovery journal.
+    fn mountpoint(&self, _guest: &str) -> Option<PathBuf> {
+        None
     }
 
     /// For every disk: does its base archive exist now, complete, with this size and segment length? An answer of

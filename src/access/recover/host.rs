@@ -1,19 +1,31 @@
-//! What is left on the host: fleecing images and run directories.
+//! What is left on the host: mounts, fleecing images and run directories.
 
 use super::{Trouble, Undo, Work};
 use crate::{
     access::{AccessError, fleecing},
+    fuse::mounts,
     journal::Step,
 };
-use std::{fs, io, path::Path, process::Stdio, time::Duration};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
 use tokio::{process::Command, time::timeout};
 
 /// How long a storage may take to free a volume.
 const FREE_LIMIT: Duration = Duration::from_mins(5);
 
 impl Undo<'_> {
-    /// Removes files, volumes and directories, except files that a node of QEMU still has open.
+    /// Removes mounts, files, volumes and directories, except files that a node of QEMU still has open.
     pub(super) async fn on_host(&mut self, work: &Work, in_use: &[String]) -> Result<(), AccessError> {
+        for step in &work.mounts {
+            if let Step::Mount { path } = step {
+                let outcome = remove_mount(path.clone()).await;
+                self.settle(step, outcome.map_err(Trouble::Left))?;
+            }
+        }
         for step in &work.fleecing {
             let outcome = match step {
                 Step::FleecingFile { path } if in_use.iter().any(|file| Path::new(file) == path) => {
@@ -34,6 +46,22 @@ impl Undo<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// Takes away what a dead run had mounted. What is mounted there now and lives, or is somebody else's, stays.
+async fn remove_mount(path: PathBuf) -> Result<(), String> {
+    // A directory that was never made has no mount either.
+    if matches!(fs::symlink_metadata(&path), Err(error) if error.kind() == io::ErrorKind::NotFound) {
+        return Ok(());
+    }
+    let cleared = tokio::task::spawn_blocking(move || {
+        mounts::clear_dead(&path)?;
+        mounts::at(&path)
+    });
+    match cleared.await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())? {
+        Some(mount) if mount.is_ours() => Err("it is still served".into()),
+        _ => Ok(()),
     }
 }
 
@@ -85,7 +113,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    fn script(dir: &Path, body: &str) -> std::path::PathBuf {
+    fn script(dir: &Path, body: &str) -> PathBuf {
         let path = dir.join("pvesm");
         fs::write(&path, format!("#!/bin/sh\necho \"$@\" > {}/args\n{body}\n", dir.display())).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();

@@ -46,7 +46,7 @@ use command::{Borg, Call, Finished};
 use jiff::Timestamp;
 use reader::Reader;
 use serde::Deserialize;
-use std::{collections::HashMap, fs};
+use std::{collections::HashMap, fs, path::PathBuf};
 use store::Known;
 
 /// Ending of the name of an archive that is not complete.
@@ -217,6 +217,10 @@ impl Provider for BorgProvider {
             name = ArchiveName::new(guest, next);
         }
         Ok(name)
+    }
+
+    fn mountpoint(&self, guest: &str) -> Option<PathBuf> {
+        Some(self.borg.options().view(guest))
     }
 
     fn query_incremental(&mut self, disks: &[DiskQuery]) -> Result<Vec<Incremental>, ProviderError> {
