@@ -33,6 +33,7 @@ mod qmp;
 mod site;
 mod tally;
 mod tiny_guest;
+mod tracer;
 mod vm;
 mod writer;
 
@@ -40,7 +41,7 @@ pub use disk::{Bus, DiskSpec, Format, Io, Style};
 pub use image::{Image, make_image};
 pub use interposer::{Fault, SeenCommand};
 pub use leftovers::{BitmapInfo, BitmapRule, BlockState, no_files_left, processes_about};
-pub use load::{Load, LoadPlan, LoadReport};
+pub use load::{Load, LoadPlan, LoadReport, Random};
 pub use oracle::{Change, FirstDifference, Torn};
 pub use program::{Program, Run};
 pub use proxmox_root::ProxmoxRoot;
@@ -49,6 +50,7 @@ pub use qmp::{JsonStream, QmpClient, QmpFailure, send};
 pub use site::{Kind, Site, VMID};
 pub use tally::{Tally, Verdict};
 pub use tiny_guest::{BOOT_LIMIT, TinyKit, TinyTask, TornLitmus, assert_ext4_sound, litmus, make_ext4};
+pub use tracer::{Point, Points, Traced, run_traced};
 pub use vm::{Accel, Vm, VmBuilder, old_qemu};
 pub use writer::GuestWriter;
 

@@ -1,7 +1,11 @@
 //! A machine, an installation of the program, and what they go through together.
 
 use super::{BitmapInfo, BitmapRule, BlockState, Program, Run, Vm, VmBuilder, no_files_left};
-use std::{ops::RangeInclusive, path::Path, process::Child};
+use std::{
+    ops::RangeInclusive,
+    path::Path,
+    process::{Child, Command},
+};
 
 /// VMID of machines that are Proxmox guests.
 pub const VMID: u32 = 100;
@@ -17,7 +21,7 @@ pub enum Kind {
 pub struct Site {
     pub vm: Vm,
     pub program: Program,
-    kind: Kind,
+    pub kind: Kind,
     /// As the machine was before anybody backed it up.
     pub before: BlockState,
 }
@@ -71,6 +75,12 @@ impl Site {
             assert_eq!(self.vm.proxmox_fatal(), None, "Proxmox's QEMU would have been killed");
         }
         run
+    }
+
+    /// A backup, not started yet.
+    pub fn backup_command(&self, more: &[&str]) -> Command {
+        let words = self.arguments(more);
+        self.program.command(&words.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
     /// Starts a backup and does not wait.

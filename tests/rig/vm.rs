@@ -541,6 +541,24 @@ impl Vm {
         }
     }
 
+    /// What the guest reads from the disk, through QEMU, is what it wrote. It must not write meanwhile.
+    pub fn assert_reads_back(&self, disk: &str) {
+        let size = self.writer.size(disk);
+        let content = self.writer.with_oracle(|oracle| oracle.now(disk).bytes(0, size));
+        let mut offset = 0;
+        for run in content.chunk_by(|one, next| one == next) {
+            for part in run.chunks(1 << 20) {
+                let length = part.len() as u64;
+                assert!(
+                    self.reads(disk, offset, length, part[0]),
+                    "the guest reads from {disk}, {length} bytes at offset {offset}, something else than {:#04x}",
+                    part[0]
+                );
+                offset += length;
+            }
+        }
+    }
+
     /// The disk itself holds what the guest wrote.
     pub fn assert_disk_intact(&self, disk: &str) {
         self.flush(disk);
