@@ -85,7 +85,8 @@ pub async fn run(
     let mut summary = Summary { guest: guest.id.to_string(), name: guest.name.clone(), ..Summary::default() };
     let result = flow::run(guest, options, provider, events, cancel, &mut summary).await;
     if let (Ok(()), Some(rules)) = (&result, &options.retention) {
-        retain::after_backup(guest.id.as_str(), rules, provider, events, cancel).await;
+        let made = summary.archive_id.as_ref();
+        retain::after_backup(guest.id.as_str(), rules, provider, made, events, cancel).await;
     }
     summary.duration = start.elapsed();
     summary.ok = result.is_ok();

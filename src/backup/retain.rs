@@ -2,7 +2,7 @@
 
 use super::ProviderThread;
 use crate::{
-    archive::{ArchiveName, Retention, Verdict},
+    archive::{ArchiveId, ArchiveName, Retention, Verdict},
     provider::{ArchiveInfo, PruneRequest, Pruned},
     report::Events,
 };
@@ -21,7 +21,8 @@ pub struct Judged {
     pub pruned: Option<Pruned>,
 }
 
-/// Removes the archives of one guest that the rules do not keep, oldest first in the answer. Days are those of this host.
+/// Removes the archives of one guest that the rules do not keep, oldest first in the answer. Days are those of this host. `made`
+/// stays whatever the rules say: after the host's clock was set back it is not the newest by its name.
 ///
 /// # Errors
 /// When the archives cannot be listed, or the repository is in use. An archive that could not be removed is no error.
@@ -29,6 +30,7 @@ pub async fn prune(
     guest: &str,
     rules: &Retention,
     provider: &mut ProviderThread,
+    made: Option<&ArchiveId>,
     dry_run: bool,
     cancel: &CancellationToken,
 ) -> Result<Vec<Judged>> {
@@ -41,6 +43,11 @@ pub async fn prune(
         .zip(verdicts)
         .map(|(archive, verdict)| Judged { archive, verdict, pruned: None })
         .collect();
+    if let Some(one) = judged.iter_mut().find(|one| Some(&one.archive.id) == made)
+        && one.verdict == Verdict::Remove
+    {
+        one.verdict = Verdict::Keep("newest");
+    }
     let unwanted: Vec<&mut Judged> = judged.iter_mut().filter(|one| one.verdict == Verdict::Remove).collect();
     if unwanted.is_empty() {
         return Ok(judged);
@@ -63,10 +70,11 @@ pub(super) async fn after_backup(
     guest: &str,
     rules: &Retention,
     provider: &mut ProviderThread,
+    made: Option<&ArchiveId>,
     events: &Events,
     cancel: &CancellationToken,
 ) {
-    match prune(guest, rules, provider, false, cancel).await {
+    match prune(guest, rules, provider, made, false, cancel).await {
         Ok(judged) => {
             for one in judged {
                 match one.pruned {

@@ -51,7 +51,7 @@ pub(super) async fn run(args: PruneArgs, context: Context) -> Result<u8> {
     };
     let mut kept = false;
     for guest in guests {
-        let judged = backup::prune(&guest, &rules, &mut provider, args.dry_run, context.stop.token()).await?;
+        let judged = backup::prune(&guest, &rules, &mut provider, None, args.dry_run, context.stop.token()).await?;
         if judged.is_empty() {
             let message = format!("target `{name}` has no archives of guest `{guest}`");
             return Err(ProviderError::new(ErrorKind::NotFound, message).into());

@@ -1,6 +1,7 @@
 //! The directory provider on real directories, with `qemu-img` as a second opinion.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
+mod durable;
 mod fixture;
 mod hostile;
 mod retention;

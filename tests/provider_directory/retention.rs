@@ -3,23 +3,19 @@
 use super::fixture::*;
 use pvebackup::{
     archive::ArchiveId,
+    backup::{ProviderThread, prune},
     provider::{
         Outcome, Provider, PruneRequest, Pruned,
         directory::{DirectoryOptions, DirectoryProvider, OnChain},
     },
 };
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{collections::BTreeMap, fs};
 use tokio_util::sync::CancellationToken;
 
-type History = Vec<(ArchiveId, Content)>;
+pub type History = Vec<(ArchiveId, Content)>;
 
 impl Fixture {
-    fn prune(&mut self, remove: &[ArchiveId]) -> Vec<Pruned> {
+    pub fn prune(&mut self, remove: &[ArchiveId]) -> Vec<Pruned> {
         let request = self.request(remove);
         self.provider.prune(request).unwrap()
     }
@@ -35,7 +31,7 @@ impl Fixture {
     }
 
     /// A full backup and `count - 1` incremental ones, with zeroes over data and data over zeroes.
-    fn history(&mut self, count: u64, seed: u64) -> History {
+    pub fn history(&mut self, count: u64, seed: u64) -> History {
         let mut random = random(seed);
         let mut now: Content = (0..SEGMENTS).step_by(7).map(|i| (i, segment_bytes(seed, i))).collect();
         let mut history = vec![(self.backup(vec![Disk::full("scsi0", &now)]).unwrap().id, now.clone())];
@@ -64,7 +60,7 @@ impl Fixture {
 
     /// Exactly these archives are there, each of them right, and the newest can be built on.
     #[track_caller]
-    fn assert_history(&mut self, history: &[(ArchiveId, Content)]) {
+    pub fn assert_history(&mut self, history: &[(ArchiveId, Content)]) {
         let listed: Vec<ArchiveId> = self.provider.list(Some("100")).unwrap().into_iter().map(|a| a.id).collect();
         assert_eq!(listed, history.iter().map(|h| h.0.clone()).collect::<Vec<_>>());
         for (id, content) in history {
@@ -74,7 +70,7 @@ impl Fixture {
     }
 
     #[track_caller]
-    fn assert_nothing_half(&self) {
+    pub fn assert_nothing_half(&self) {
         let mut open = vec![self.root.join("100")];
         while let Some(dir) = open.pop() {
             for entry in fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()) {
@@ -88,7 +84,7 @@ impl Fixture {
     }
 }
 
-fn ids(history: &[(ArchiveId, Content)]) -> Vec<ArchiveId> {
+pub fn ids(history: &[(ArchiveId, Content)]) -> Vec<ArchiveId> {
     history.iter().map(|h| h.0.clone()).collect()
 }
 
@@ -216,6 +212,23 @@ fn what_must_not_go_stays_and_why_is_told() {
 }
 
 #[test]
+fn what_a_run_has_just_made_stays_though_the_clock_was_set_back() {
+    let mut f = Fixture::new();
+    let old = f.history(2, 31);
+    f.clock = f.clock.checked_sub(jiff::Span::new().hours(48)).unwrap();
+    let content: Content = [(1, segment_bytes(1, 1))].into();
+    let made = f.backup(vec![Disk::full("scsi0", &content)]).unwrap().id;
+    let rules = "keep-last=1".parse().unwrap();
+    let mut provider = ProviderThread::new(Box::new(DirectoryProvider::open(&DirectoryOptions::new(&f.root)).unwrap()));
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let judged = runtime.block_on(prune("100", &rules, &mut provider, Some(&made), false, &f.cancel)).unwrap();
+    let gone: Vec<&ArchiveId> = judged.iter().filter(|j| j.pruned.is_some()).map(|j| &j.archive.id).collect();
+    assert_eq!(gone, [&old[0].0], "{judged:?}");
+    assert!(f.restored(&made, "scsi0") == content);
+    assert!(f.restored(&old[1].0, "scsi0") == old[1].1);
+}
+
+#[test]
 fn logs_of_failed_backups_do_not_pile_up() {
     let mut f = Fixture::new();
     for _ in 0..13 {
@@ -229,76 +242,4 @@ fn logs_of_failed_backups_do_not_pile_up() {
     assert_eq!(last, "log\n");
     f.clock = "2026-01-31T02:00:07Z".parse().unwrap();
     assert!(failed[0] > format!("qemu-{}", f.clock.as_second() + 3 * 3600), "the oldest went");
-}
-
-/// Names the repository for [`pruning_child`].
-const PRUNED: &str = "PVEBACKUP_TEST_PRUNED_DIRECTORY";
-
-#[test]
-#[ignore = "runs as a child of the next test"]
-fn pruning_child() {
-    let mut f = Fixture::opened(PathBuf::from(std::env::var_os(PRUNED).unwrap()));
-    let archives: Vec<ArchiveId> = f.provider.list(None).unwrap().into_iter().map(|a| a.id).collect();
-    f.prune(&archives[..2]);
-}
-
-/// Runs [`pruning_child`], killed when it enters a system call the `nth` time. Returns whether it was.
-fn prune_killed(root: &Path, call: &str, nth: u32) -> bool {
-    let output = Command::new("strace")
-        .args(["-f", "-qq", "-o", "/dev/null", "-e"])
-        .arg(format!("trace={call}"))
-        .arg("-e")
-        .arg(format!("inject={call}:signal=KILL:when={nth}"))
-        .arg(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "retention::pruning_child"])
-        .env(PRUNED, root)
-        .output()
-        .unwrap();
-    !output.status.success()
-}
-
-#[test]
-fn killed_at_any_step_all_archives_are_what_they_were() {
-    if Command::new("strace").args(["-o", "/dev/null", "true"]).status().is_ok_and(|s| s.success()) {
-        killed_at_every_step();
-    } else {
-        eprintln!("skipped: strace cannot trace here");
-    }
-}
-
-fn killed_at_every_step() {
-    let mut f = Fixture::new();
-    let history = f.history(4, 21);
-    let mut cases: BTreeMap<&str, u32> = BTreeMap::new();
-    // Every call that changes something outside the process.
-    for call in ["copy_file_range", "pwritev", "fsync", "renameat", "unlinkat"] {
-        let mut nth = 1;
-        loop {
-            let place = tempfile::tempdir().unwrap();
-            let root = place.path().join("repository");
-            assert!(Command::new("cp").arg("-a").arg(&f.root).arg(&root).status().unwrap().success());
-            let killed = prune_killed(&root, call, nth);
-            let mut it = Fixture::opened(root);
-            it.clock = f.clock;
-            let listed = it.provider.list(None).unwrap();
-            let left: History = history.iter().filter(|(id, _)| listed.iter().any(|a| a.id == *id)).cloned().collect();
-            assert!(killed || left.len() == 2, "{call} {nth}: {} are left", left.len());
-            assert!(left.len() >= 2, "{call} {nth}");
-            it.assert_history(&left);
-            // The next run settles it, and the one after has nothing to do.
-            let gone = ids(&left[..left.len() - 2]);
-            it.prune(&gone);
-            it.assert_history(&left[left.len() - 2..]);
-            it.begin();
-            it.assert_nothing_half();
-            if !killed {
-                break;
-            }
-            *cases.entry(call).or_insert(0) += 1;
-            nth += 1;
-        }
-    }
-    println!("killed at: {cases:?}");
-    // The images, their descriptions, and their places; the archive's own.
-    assert!(cases["pwritev"] > 5 && cases["fsync"] > 10 && cases["renameat"] >= 6, "{cases:?}");
 }

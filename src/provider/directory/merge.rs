@@ -195,20 +195,19 @@ fn stopped(cancel: &CancellationToken) -> io::Result<()> {
     if cancel.is_cancelled() { Err(io::Error::new(io::ErrorKind::Interrupted, "stopped by a signal")) } else { Ok(()) }
 }
 
-/// Settles what a merge that was killed has left in an archive. The guest's lock is held.
+/// Settles what a merge that was killed has left in an archive, or who wrote its log. The guest's lock is held.
 pub(super) fn settle(archive: &Dir) -> io::Result<()> {
-    let partial = |name: &String, kind: &str| name.strip_suffix(tree::PARTIAL).is_some_and(|n| n.ends_with(kind));
-    for name in archive.names()?.iter().filter(|name| partial(name, ".qcow2")) {
+    for name in archive.names()?.iter().filter(|name| name.ends_with(tree::PARTIAL)) {
         archive.remove_file(name)?;
     }
     let disks = archive.dir(tree::DISKS)?;
-    for name in disks.names()?.iter().filter(|name| partial(name, ".image.json")) {
-        let (sealed, _) = name.split_at(name.len() - tree::PARTIAL.len());
-        if chain::fits(archive, &disks, name, sealed) {
-            disks.rename(name, sealed)?;
+    for name in disks.names()? {
+        let Some(sealed) = name.strip_suffix(tree::PARTIAL) else { continue };
+        if chain::fits(archive, &disks, &name, sealed) {
+            disks.rename(&name, sealed)?;
             disks.sync()?;
         } else {
-            disks.remove_file(name)?;
+            disks.remove_file(&name)?;
         }
     }
     Ok(())
