@@ -129,13 +129,12 @@ pub struct Mount {
 }
 
 impl Mount {
-    /// Mounts `filesystem` at `dir`, an empty directory. Dead mounts of ours there are taken away before. Blocks shortly.
-    ///
-    /// `filesystem` should call [`configure`] in its `init`.
+    /// Looks whether [`Mount::start`] would find all that it needs at `dir`, and takes dead mounts of ours there away. Returns the
+    /// path without links.
     ///
     /// # Errors
-    /// Every error leaves nothing mounted.
-    pub fn start(dir: &Path, filesystem: impl Filesystem, options: MountOptions) -> Result<Self, FuseError> {
+    /// Those of [`Mount::start`] that can be known before.
+    pub fn check(dir: &Path) -> Result<PathBuf, FuseError> {
         if !Path::new(DEVICE).exists() {
             return Err(FuseError::NoDevice);
         }
@@ -150,6 +149,17 @@ impl Mount {
         if fs::read_dir(&path).map_err(|source| FuseError::io("look into", &path, source))?.next().is_some() {
             return Err(FuseError::NotEmpty(path));
         }
+        Ok(path)
+    }
+
+    /// Mounts `filesystem` at `dir`, an empty directory. Dead mounts of ours there are taken away before. Blocks shortly.
+    ///
+    /// `filesystem` should call [`configure`] in its `init`.
+    ///
+    /// # Errors
+    /// Every error leaves nothing mounted.
+    pub fn start(dir: &Path, filesystem: impl Filesystem, options: MountOptions) -> Result<Self, FuseError> {
+        let path = Self::check(dir)?;
         // Read-write for the kernel, since otherwise no hole could be punched; the views refuse to write.
         let mut config = Config::default();
         config.mount_options = vec![
