@@ -82,6 +82,13 @@ pub async fn run(
     let start = Instant::now();
     let log = Arc::new(RunLog::new());
     let events = &events.also_to(log.clone());
+    let reports = events.clone();
+    // A provider that was lost says so at the next call.
+    let told = provider.run(move |p| {
+        p.report_to(&reports);
+        Ok(())
+    });
+    told.await.ok();
     let mut summary = Summary { guest: guest.id.to_string(), name: guest.name.clone(), ..Summary::default() };
     let result = flow::run(guest, options, provider, events, cancel, &mut summary).await;
     if let (Ok(()), Some(rules)) = (&result, &options.retention) {

@@ -22,6 +22,7 @@ pub use target::{for_target, init_target};
 
 use crate::{
     archive::{ArchiveId, ArchiveName, Manifest},
+    report::Events,
     segment::{Segment, SegmentLen, SegmentTable},
 };
 use jiff::Timestamp;
@@ -225,6 +226,9 @@ impl ProviderError {
 pub trait Provider: Send {
     /// Kind of provider: `restic`, `borg`, …
     fn kind(&self) -> &'static str;
+
+    /// Where to send, from now on, what somebody should know while it works; without it that goes to the program's log.
+    fn report_to(&mut self, _events: &Events) {}
 
     /// Identity of the repository, the same as long as it is the same repository, whatever its path. Opens it.
     fn repository_id(&mut self) -> Result<String, ProviderError>;
