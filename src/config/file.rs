@@ -136,6 +136,16 @@ pub enum TargetTable {
         passphrase_file: Option<PathBuf>,
         /// Program that prints the passphrase.
         passphrase_command: Option<Vec<String>>,
+        /// Name of a systemd credential of the service: its first line.
+        passphrase_credential: Option<String>,
+        /// Descriptor that the passphrase is read from, once: its first line.
+        passphrase_fd: Option<u32>,
+        /// borg here: a path, or a name to look for in `PATH`; `borg` if not set.
+        program: Option<PathBuf>,
+        /// borg on the other side of SSH.
+        remote_path: Option<String>,
+        /// Where the keys of the `keyfile` modes are; below the state directory if not set.
+        keys_dir: Option<PathBuf>,
         /// SSH key file.
         ssh_key: Option<PathBuf>,
         /// File with the host keys that are trusted, instead of the user's own.

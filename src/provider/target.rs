@@ -6,7 +6,12 @@ use super::{
     directory::{DirectoryOptions, DirectoryProvider},
     null::NullProvider,
 };
-use crate::config::{Dirs, TargetTable};
+use crate::config::{ConfigError, Dirs, TargetTable};
+use std::{
+    fs,
+    io::{self, BufRead, BufReader, Read},
+    path::{Path, PathBuf},
+};
 
 /// The provider of a target.
 ///
@@ -42,6 +47,11 @@ fn borg_options(name: &str, table: &TargetTable, dirs: &Dirs) -> Result<BorgOpti
         repository,
         passphrase_file,
         passphrase_command,
+        passphrase_credential,
+        passphrase_fd,
+        program,
+        remote_path,
+        keys_dir,
         ssh_key,
         known_hosts,
         compression,
@@ -54,13 +64,16 @@ fn borg_options(name: &str, table: &TargetTable, dirs: &Dirs) -> Result<BorgOpti
     else {
         return Err(ProviderError::new(ErrorKind::Other, format!("target `{name}` is no borg repository")));
     };
-    let passphrase = match (passphrase_file, passphrase_command) {
-        (Some(file), None) => Passphrase::File(file.clone()),
-        (None, Some(command)) if !command.is_empty() => Passphrase::Command(command.clone()),
-        (None, None) if encryption.as_deref() == Some("none") => Passphrase::None,
+    let passphrase = match (passphrase_file, passphrase_command, passphrase_credential, passphrase_fd) {
+        (Some(file), None, None, None) => Passphrase::File(file.clone()),
+        (None, Some(command), None, None) if !command.is_empty() => Passphrase::Command(command.clone()),
+        (None, None, Some(credential), None) => Passphrase::File(credential_file(name, credential)?),
+        (None, None, None, Some(fd)) => Passphrase::given(&first_line(name, *fd)?),
+        (None, None, None, None) if encryption.as_deref() == Some("none") => Passphrase::None,
         _ => {
             let message = format!(
-                "target `{name}` needs either `passphrase-file`, `passphrase-command` or `encryption = \"none\"`"
+                "target `{name}` needs one of `passphrase-file`, `passphrase-command`, `passphrase-credential`, \
+                 `passphrase-fd` and `encryption = \"none\"`"
             );
             return Err(ProviderError::new(ErrorKind::Credentials, message));
         }
@@ -68,9 +81,14 @@ fn borg_options(name: &str, table: &TargetTable, dirs: &Dirs) -> Result<BorgOpti
     // The same path in every run, however the directory is called: borg knows files by it.
     let state = std::path::absolute(&dirs.state).unwrap_or_else(|_| dirs.state.clone());
     let mut options = BorgOptions::new(repository.clone(), passphrase, state.join("borg").join(name));
+    options.remote_path.clone_from(remote_path);
+    options.keys_dir.clone_from(keys_dir);
     options.ssh_key.clone_from(ssh_key);
     options.known_hosts.clone_from(known_hosts);
     options.compression.clone_from(compression);
+    if let Some(program) = program {
+        options.program.clone_from(program);
+    }
     if let Some(encryption) = encryption {
         options.encryption.clone_from(encryption);
     }
@@ -79,7 +97,46 @@ fn borg_options(name: &str, table: &TargetTable, dirs: &Dirs) -> Result<BorgOpti
     }
     options.upload_ratelimit = *upload_ratelimit;
     options.extra_arguments.clone_from(extra_arguments);
+    options.check().map_err(|(key, why)| {
+        let cause = ConfigError::Value { what: format!("target.{name}.{key}"), why };
+        ProviderError::caused_by(ErrorKind::Other, format!("target `{name}` cannot be used"), cause)
+    })?;
     Ok(options)
+}
+
+/// The file of a systemd credential (`LoadCredential=` and its like).
+fn credential_file(target: &str, name: &str) -> Result<PathBuf, ProviderError> {
+    let failed = |why: String| {
+        let message = format!("target `{target}`: there is no credential `{name}`: {why}");
+        ProviderError::new(ErrorKind::Credentials, message)
+    };
+    if name.is_empty() || name.starts_with('.') || name.contains('/') {
+        return Err(failed("it is no file name".into()));
+    }
+    let directory = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(|| {
+        failed("CREDENTIALS_DIRECTORY is not set; systemd sets it for services with credentials".into())
+    })?;
+    let file = Path::new(&directory).join(name);
+    if file.is_file() {
+        return Ok(file);
+    }
+    Err(failed(format!("{} is no file", file.display())))
+}
+
+/// The first line of what a descriptor that we have inherited gives.
+fn first_line(target: &str, fd: u32) -> Result<String, ProviderError> {
+    let failed = |e: io::Error| {
+        let message = format!("target `{target}`: the passphrase cannot be read from descriptor {fd}");
+        ProviderError::caused_by(ErrorKind::Credentials, message, e)
+    };
+    let file = fs::File::open(format!("/proc/self/fd/{fd}")).map_err(failed)?;
+    let mut line = String::new();
+    // Far more than a passphrase, and less than fits into a pipe.
+    BufReader::new(file.take(4096)).read_line(&mut line).map_err(failed)?;
+    match line.trim_end_matches('\n') {
+        "" => Err(failed(io::Error::other("there is nothing in its first line"))),
+        line => Ok(line.to_owned()),
+    }
 }
 
 fn directory(name: &str, table: &TargetTable) -> Result<DirectoryOptions, ProviderError> {

@@ -1,7 +1,40 @@
 //! Real machines to a borg repository, by way of the segment view.
 
-use crate::rig::{Bus, Format, Io, Kind, LoadPlan, MIB, Run, Site, Style, VmBuilder, old_qemu};
-use std::{fs, path::PathBuf, process::Command, time::Duration};
+use crate::rig::{Bus, Format, Io, Kind, LoadPlan, MIB, Program, Run, Site, Style, VmBuilder, old_qemu};
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    time::Duration,
+};
+
+/// The borg to test with: `PVEBACKUP_TEST_BORG`, else that of `PATH`.
+fn borg_program() -> PathBuf {
+    std::env::var_os("PVEBACKUP_TEST_BORG").map_or_else(|| "borg".into(), PathBuf::from)
+}
+
+fn possible() -> bool {
+    if !PathBuf::from("/dev/fuse").exists() {
+        eprintln!("skipped: there is no /dev/fuse");
+        return false;
+    }
+    if let Err(error) = Command::new(borg_program()).arg("--version").output() {
+        eprintln!("skipped: {} cannot be started: {error}", borg_program().display());
+        return false;
+    }
+    true
+}
+
+/// A target in `dir`, with these lines more.
+fn target(dir: &Path, more: &str) -> String {
+    format!(
+        "[defaults]\ntarget = 'attic'\n[target.attic]\nprovider = 'borg'\nrepository = '{}/attic'\nprogram = '{}'\n\
+         lock-wait = '1s'\ncompression = 'zstd,1'\n{more}\n",
+        dir.display(),
+        borg_program().display()
+    )
+}
 
 /// Two disks, and the default target in a new borg repository.
 fn site(kind: Kind) -> Option<Site> {
@@ -9,11 +42,8 @@ fn site(kind: Kind) -> Option<Site> {
         eprintln!("skipped: Proxmox VE's QEMU with backup access is 9.2 or newer");
         return None;
     }
-    for needed in ["/usr/bin/borg", "/dev/fuse"] {
-        if !PathBuf::from(needed).exists() {
-            eprintln!("skipped: there is no {needed}");
-            return None;
-        }
+    if !possible() {
+        return None;
     }
     let style = if kind == Kind::Proxmox { Style::Proxmox } else { Style::Blockdev };
     let vm = VmBuilder::new().disk("scsi0", 24 * MIB, Bus::VirtioScsi, style, Format::Raw, Io::Main).disk(
@@ -27,11 +57,7 @@ fn site(kind: Kind) -> Option<Site> {
     let site = Site::new(kind, vm);
     let dir = site.program.dir().to_owned();
     fs::write(dir.join("passphrase"), "correct horse\n").unwrap();
-    site.program.configure(&format!(
-        "[defaults]\ntarget = 'attic'\n[target.attic]\nprovider = 'borg'\nrepository = '{0}/attic'\n\
-         passphrase-file = '{0}/passphrase'\nlock-wait = '1s'\ncompression = 'zstd,1'\n",
-        dir.display()
-    ));
+    site.program.configure(&target(&dir, &format!("passphrase-file = '{}/passphrase'", dir.display())));
     site.backup(&[]).code(10);
     site.program.run(&["target", "init"]).ok();
     Some(site)
@@ -115,7 +141,7 @@ fn history(kind: Kind, rounds: u64) {
 }
 
 fn borg(site: &Site, arguments: &[&str]) {
-    let output = Command::new("borg")
+    let output = Command::new(borg_program())
         .args(arguments)
         .env("BORG_BASE_DIR", site.program.dir().join("user"))
         .env("BORG_PASSPHRASE", "correct horse")
@@ -168,7 +194,7 @@ fn what_stands_in_the_way_of_borg_is_told() {
     site.vm.write("scsi0", 0, MIB, 0x11);
     site.backup(&[]).ok();
 
-    let mut holder = Command::new("borg")
+    let mut holder = Command::new(borg_program())
         .args(["with-lock", &dir.join("attic").display().to_string(), "sleep", "6"])
         .env("BORG_BASE_DIR", dir.join("user"))
         .env("BORG_PASSPHRASE", "correct horse")
@@ -185,11 +211,12 @@ fn what_stands_in_the_way_of_borg_is_told() {
     assert!(!run.stderr.contains("staple"), "{}", run.stderr);
     fs::write(dir.join("passphrase"), "correct horse\n").unwrap();
 
-    let program = std::env::var("PATH").unwrap();
-    let without = site.program.command(&["target", "test"]).env("PATH", "/nowhere").output().unwrap();
-    assert_eq!(without.status.code(), Some(1), "PATH was {program}");
-    let text = String::from_utf8_lossy(&without.stderr).into_owned();
-    assert!(text.contains("`borg` is not installed"), "{text}");
+    // In a mount namespace of its own.
+    if let Some(run) = without_fuse(&site) {
+        let run = run.code(1);
+        let text = format!("{}{}", run.stdout, run.stderr);
+        assert!(text.contains("/dev/fuse"), "{text}");
+    }
     nothing_mounted(&site);
     site.backup(&["--require-incremental"]).ok();
     site.assert_restores_now(&["scsi0"]);
@@ -212,7 +239,9 @@ fn a_run_that_is_killed_leaves_no_archive_in_borg() {
     child.kill().unwrap();
     child.wait().unwrap();
     // borg goes on without us, and holds the repository until it is done.
-    std::thread::sleep(Duration::from_secs(3));
+    while !borgs(&site.program).is_empty() {
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let list = site.program.run(&["list", "--json"]).ok();
     assert!(!list.stdout.contains("pve-qemu-"), "{}", list.stdout);
     site.vm.write("scsi0", MIB, MIB, 0x42);
@@ -222,4 +251,149 @@ fn a_run_that_is_killed_leaves_no_archive_in_borg() {
     nothing_mounted(&site);
     site.backup(&["--require-incremental"]).ok();
     site.assert_restores_now(&["scsi0", "virtio1"]);
+}
+
+/// A backup in a mount namespace whose `/dev` has no `fuse`.
+fn without_fuse(site: &Site) -> Option<Run> {
+    let command = site.program.command(&["vm", "--json", "--name", "guest", "--qmp"]);
+    let script = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9 || exit 77\n\
+                  exec \"$0\" \"$@\"";
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", script])
+        .arg(command.get_program())
+        .args(command.get_args())
+        .arg(site.vm.qmp_socket())
+        .envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))))
+        .output();
+    match output {
+        Ok(output) if output.status.code() != Some(77) => Some(Run {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }),
+        _ => {
+            eprintln!("skipped: a namespace without /dev/fuse cannot be made");
+            None
+        }
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_borg_target_is_told_before_anything_is_done() {
+    if !possible() {
+        return;
+    }
+    let program = Program::new();
+    let dir = program.dir().to_owned();
+    let refused = |more: &str, code: i32, words: &str| {
+        program.configure(&target(&dir, more));
+        let run = program.run(&["target", "init"]).code(code);
+        assert!(run.stderr.contains(words), "{}", run.stderr);
+        assert!(!dir.join("attic").exists() && !program.state().join("borg").exists(), "something was done");
+    };
+    refused("", 12, "passphrase-fd");
+    refused("passphrase-credential = 'attic'", 12, "CREDENTIALS_DIRECTORY");
+    refused("passphrase-fd = 77", 12, "descriptor 77");
+    refused("encryption = 'rot13'\npassphrase-file = '/x'", 2, "rot13");
+    refused("encryption = 'none'\nextra-arguments = ['--dry-run']", 2, "--dry-run");
+    refused("encryption = 'none'\nupload-ratelimit = 0", 2, "upload-ratelimit");
+
+    let lines = target(&dir, "encryption = 'none'");
+    let ours = format!("program = '{}'", borg_program().display());
+    let with = |borg: &str| lines.replace(&ours, &format!("program = '{borg}'"));
+    let refused = |borg: &str, words: &str| {
+        program.configure(&with(borg));
+        let run = program.run(&["target", "test"]).code(1);
+        assert!(run.stderr.contains(words), "{}", run.stderr);
+        assert!(!program.state().join("borg").exists(), "something was done");
+    };
+    refused("/nowhere/borg", "`/nowhere/borg` is not installed");
+    // What a borg that is too old, and one that is too new, says of itself.
+    for version in ["1.1.18", "2.0.0b14"] {
+        let old = dir.join("borg");
+        fs::write(&old, format!("#!/bin/sh\necho borg {version}\n")).unwrap();
+        Command::new("chmod").arg("+x").arg(&old).status().unwrap();
+        refused(old.to_str().unwrap(), &format!("`borg {version}`, but borg 1.2 or a later 1.x is needed"));
+    }
+}
+
+#[test]
+fn a_passphrase_comes_by_descriptor_or_by_credential() {
+    if !possible() {
+        return;
+    }
+    let program = Program::new();
+    let dir = program.dir().to_owned();
+    fs::write(dir.join("attic-key"), "correct horse\nsecond line\n").unwrap();
+    let by_descriptor = |verb: &str| -> Output {
+        let command = program.command(&["target", verb]);
+        Command::new("sh")
+            .args(["-c", "exec \"$0\" \"$@\" 7<\"$KEY\""])
+            .arg(command.get_program())
+            .args(command.get_args())
+            .envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))))
+            .env("KEY", dir.join("attic-key"))
+            .output()
+            .unwrap()
+    };
+    program.configure(&target(&dir, "passphrase-fd = 7"));
+    let made = by_descriptor("init");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    assert!(by_descriptor("test").status.success());
+
+    program.configure(&target(&dir, "passphrase-credential = 'attic-key'"));
+    let found = program.command(&["target", "test"]).env("CREDENTIALS_DIRECTORY", &dir).output().unwrap();
+    assert!(found.status.success(), "{}", String::from_utf8_lossy(&found.stderr));
+    program.configure(&target(&dir, "passphrase-credential = 'attic'"));
+    let missing = program.command(&["target", "test"]).env("CREDENTIALS_DIRECTORY", &dir).output().unwrap();
+    assert_eq!(missing.status.code(), Some(12));
+}
+
+/// Processes of a borg that works for this installation.
+fn borgs(program: &Program) -> Vec<String> {
+    let ours = format!("BORG_BASE_DIR={}", program.state().join("borg/attic").display());
+    let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let has = |pid: &String| {
+        fs::read(format!("/proc/{pid}/environ")).is_ok_and(|text| text.split(|b| *b == 0).any(|v| v == ours.as_bytes()))
+    };
+    pids.filter(has).collect()
+}
+
+/// What borg has read is discarded from the snapshot before its archive is there: when it dies, the bitmap must know it still.
+#[test]
+fn a_borg_that_is_killed_leaves_the_guest_as_it_was() {
+    let Some(site) = site(Kind::Stock) else { return };
+    site.vm.write("scsi0", 0, 12 * MIB, 0x41);
+    site.backup(&[]).ok();
+    site.vm.write("scsi0", 0, 12 * MIB, 0x42);
+    let mut child = site.start_backup(&["--bwlimit", "2MiB"]);
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let mut text = String::new();
+    let far = |line: &str| {
+        let event: serde_json::Value = serde_json::from_str(line).unwrap();
+        event["type"] == "progress" && event["done"].as_u64() >= Some(4 * MIB)
+    };
+    for line in lines.by_ref() {
+        let enough = far(&line);
+        text.extend([line, "\n".into()]);
+        if enough {
+            break;
+        }
+    }
+    let borgs = borgs(&site.program);
+    assert!(!borgs.is_empty(), "no borg is at work: {text}");
+    assert!(Command::new("kill").arg("-KILL").args(&borgs).status().unwrap().success());
+    text.extend(lines.map(|line| line + "\n"));
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("borg ended with signal 9"), "{text}");
+    nothing_mounted(&site);
+    let discarded = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let discarded = discarded.filter_map(|event| event["discarded_bytes"].as_u64()).max();
+    assert!(discarded.is_some_and(|bytes| bytes > 0), "nothing was discarded: {text}");
+    site.vm.write("scsi0", MIB, MIB, 0x43);
+    let run = site.backup(&["--require-incremental"]).ok();
+    assert!(run.read_bytes() >= 12 * MIB, "{}", run.read_bytes());
+    site.assert_restores_now(&["scsi0", "virtio1"]);
+    site.vm.assert_disk_intact("scsi0");
 }

@@ -13,6 +13,7 @@ use pvebackup::{
 };
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     fs,
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -81,18 +82,50 @@ pub fn options(dir: &Path) -> BorgOptions {
     fs::write(dir.join("passphrase"), "correct horse\nsecond line\n").unwrap();
     let repository = dir.join("repository").display().to_string();
     let mut options = BorgOptions::new(repository, Passphrase::File(dir.join("passphrase")), dir.join("state"));
+    options.program = program();
     options.lock_wait = std::time::Duration::from_secs(1);
     options
 }
 
+/// The borg to test with: `PVEBACKUP_TEST_BORG`, else that of `PATH`.
+pub fn program() -> PathBuf {
+    std::env::var_os("PVEBACKUP_TEST_BORG").map_or_else(|| "borg".into(), PathBuf::from)
+}
+
+/// `PATH` with that borg in front.
+pub fn path_with_borg() -> OsString {
+    let mut path = program().parent().unwrap_or(Path::new("")).as_os_str().to_owned();
+    path.push(":");
+    path.push(std::env::var_os("PATH").unwrap_or_default());
+    path
+}
+
 pub fn possible() -> bool {
-    for needed in ["/usr/bin/borg", "/dev/fuse"] {
-        if !Path::new(needed).exists() {
-            eprintln!("skipped: there is no {needed}");
-            return false;
-        }
+    if !Path::new("/dev/fuse").exists() {
+        eprintln!("skipped: there is no /dev/fuse");
+        return false;
+    }
+    if let Err(error) = Command::new(program()).arg("--version").output() {
+        eprintln!("skipped: {} cannot be started: {error}", program().display());
+        return false;
     }
     true
+}
+
+/// Every process that has `directory` in its environment: id, arguments, environment.
+pub fn processes_of(directory: &Path) -> Vec<(i32, Vec<String>, Vec<String>)> {
+    let words = |text: Vec<u8>| {
+        let text = String::from_utf8_lossy(&text).into_owned();
+        text.split_terminator('\0').map(str::to_owned).collect::<Vec<_>>()
+    };
+    let ours = format!("BORG_BASE_DIR={}", directory.display());
+    let of = |pid: i32| {
+        let environment = words(fs::read(format!("/proc/{pid}/environ")).ok()?);
+        let arguments = words(fs::read(format!("/proc/{pid}/cmdline")).ok()?);
+        environment.contains(&ours).then_some((pid, arguments, environment))
+    };
+    let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter_map(of).collect()
 }
 
 impl Fixture {
@@ -126,10 +159,11 @@ impl Fixture {
 
     /// borg with the user's own directories, as anybody would run it.
     pub fn borg(&self, arguments: &[&str]) -> Output {
-        let output = Command::new("borg")
+        let output = Command::new(program())
             .args(arguments)
             .env("BORG_BASE_DIR", self.dir.path().join("user"))
             .env("BORG_PASSPHRASE", "correct horse")
+            .env("BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK", "yes")
             .output()
             .unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -148,6 +182,25 @@ impl Fixture {
         let outcome = stored.as_ref().map_or_else(|e| Outcome::Failure(e.to_string()), |_| Outcome::Success);
         self.provider.backup_cleanup(&outcome)?;
         stored
+    }
+
+    /// The same, with something done before each segment that borg asks for; it gets how many there were before.
+    pub fn backup_while(
+        &mut self,
+        disk: Disk,
+        mut meanwhile: impl FnMut(u64) + Send + 'static,
+    ) -> Result<Stored, ProviderError> {
+        self.clock = self.clock.checked_add(1.hour()).unwrap();
+        let name = self.provider.backup_init("100", self.clock)?;
+        let mut input = self.input(name, vec![disk]);
+        let mut changed = std::mem::replace(&mut input.disks[0].changed, Box::new(std::iter::empty()));
+        let mut before = 0;
+        input.disks[0].changed = Box::new(std::iter::from_fn(move || {
+            meanwhile(before);
+            before += 1;
+            changed.next()
+        }));
+        self.provider.backup(input)
     }
 
     pub fn input(&self, archive: ArchiveName, disks: Vec<Disk>) -> BackupInput {

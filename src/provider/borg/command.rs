@@ -1,14 +1,21 @@
 //! Running borg.
 
-use super::BorgOptions;
-use crate::provider::{ErrorKind, ProviderError};
+use super::{
+    BorgOptions,
+    outcome::{Finished, Message},
+    progress::Progress,
+};
+use crate::{
+    provider::{ErrorKind, ProviderError},
+    rights,
+};
 use nix::{
     sys::signal::{Signal, killpg},
     unistd::Pid,
 };
-use serde::Deserialize;
 use std::{
-    io::{self, BufRead, BufReader, Read},
+    collections::VecDeque,
+    io::{self, BufRead, BufReader, Read, Write as _},
     os::unix::process::CommandExt,
     path::Path,
     process::{Child, ChildStdout, Command, ExitStatus, Stdio},
@@ -17,94 +24,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Where it is looked for, in `PATH`.
-const PROGRAM: &str = "borg";
 /// How long a command may take that stores no archive. The first one after other clients have used the repository reads the
 /// index of all their archives.
 const DEADLINE: Duration = Duration::from_hours(3);
 /// How long borg may take to give its locks back when it is told to end.
 const END_PATIENCE: Duration = Duration::from_secs(30);
-/// Bytes of messages that are kept of one command.
-const MAX_LOG: u64 = 4 << 20;
+/// Bytes of messages that are kept of one command: the first ones. The last [`LAST`] are kept besides.
+const MAX_LOG: usize = 4 << 20;
+/// Messages at the end that are kept of one command, however many there are: what went wrong comes last.
+const LAST: usize = 64;
+/// Bytes of one message.
+const MAX_LINE: u64 = 64 << 10;
 /// Bytes of an answer: a list of a million archives is smaller.
 pub(super) const MAX_OUTPUT: u64 = 256 << 20;
-
-/// A message of borg's (`--log-json`).
-#[derive(Clone, Debug, Default, Deserialize)]
-pub(super) struct Message {
-    #[serde(default, rename = "levelname")]
-    pub(super) level: String,
-    #[serde(default, rename = "message")]
-    pub(super) text: String,
-    #[serde(default, rename = "msgid")]
-    pub(super) id: Option<String>,
-}
-
-impl Message {
-    fn of_line(line: &str) -> Self {
-        // What is no JSON comes from Python itself, or from a program that borg runs.
-        serde_json::from_str(line).unwrap_or_else(|_| Self { text: line.to_owned(), ..Self::default() })
-    }
-
-    fn kind(&self) -> Option<ErrorKind> {
-        let id = self.id.as_deref().unwrap_or_default();
-        Some(match id {
-            "Repository.DoesNotExist" | "Repository.InvalidRepository" | "Repository.PathPermissionDenied" => {
-                ErrorKind::RepositoryMissing
-            }
-            "LockTimeout" | "LockErrorT" | "LockError" => ErrorKind::Locked,
-            "PassphraseWrong"
-            | "PasscommandFailure"
-            | "PasswordRetriesExceeded"
-            | "NoPassphraseFailure"
-            | "KeyfileNotFoundError"
-            | "KeyfileInvalidError"
-            | "RepoKeyNotFoundError" => ErrorKind::Credentials,
-            "Archive.DoesNotExist" => ErrorKind::NotFound,
-            "Repository.InsufficientFreeSpaceError" | "Repository.StorageQuotaExceeded" => ErrorKind::NoSpace,
-            "IntegrityError"
-            | "FileIntegrityError"
-            | "ArchiveTAMInvalid"
-            | "Repository.CheckNeeded"
-            | "Repository.ObjectNotFound"
-            | "Manifest.NoManifestError" => ErrorKind::Damaged,
-            _ if self.text.contains("No space left on device") => ErrorKind::NoSpace,
-            _ if self.text.contains("Permission denied (") || self.text.contains("Host key verification failed") => {
-                ErrorKind::Credentials
-            }
-            _ => return None,
-        })
-    }
-}
-
-/// What a command has left.
-pub(super) struct Finished {
-    pub(super) status: ExitStatus,
-    pub(super) output: Vec<u8>,
-    pub(super) messages: Vec<Message>,
-}
-
-impl Finished {
-    /// Whether it has done what it was told, perhaps with warnings.
-    pub(super) fn ran(&self) -> bool {
-        matches!(self.status.code(), Some(0 | 1))
-    }
-
-    /// The messages' own words for what went wrong.
-    pub(super) fn error(&self, what: &str) -> ProviderError {
-        let kind = self.messages.iter().find_map(Message::kind).unwrap_or(ErrorKind::Other);
-        let said = self.messages.iter().rev().find(|m| m.level == "ERROR" || m.level == "CRITICAL");
-        // SSH's own words come before borg's, who only knows that it was left alone.
-        let remote = self.messages.iter().find(|m| m.text.starts_with("Remote: "));
-        let mut text: Vec<&str> = Vec::new();
-        text.extend(remote.iter().chain(&said).map(|m| m.text.lines().next().unwrap_or_default().trim()));
-        if text.is_empty() {
-            text.extend(self.messages.last().map(|m| m.text.trim()));
-        }
-        let text: String = text.join("; ").chars().take(1000).collect();
-        ProviderError::new(kind, format!("{what}: borg ended with {}: {text}", self.status))
-    }
-}
 
 /// One command on the repository.
 #[derive(Default)]
@@ -121,6 +53,8 @@ pub(super) struct Call<'a> {
     pub(super) directory: Option<&'a Path>,
     /// The guest whose files cache is used.
     pub(super) files_cache: Option<&'a str>,
+    /// Where to keep what it says about progress.
+    pub(super) progress: Option<Progress>,
 }
 
 /// How to run borg for one repository.
@@ -143,12 +77,8 @@ impl Borg {
     }
 
     fn command(&self, verb: &str) -> Command {
-        let mut command = Command::new(PROGRAM);
-        let (set, unset) = self.0.environment();
-        for name in unset {
-            command.env_remove(name);
-        }
-        command.envs(set).arg(verb);
+        let mut command = rights::command(&self.0.program);
+        command.envs(self.0.environment()).arg(verb);
         // A process group of its own: a Ctrl-C is for us, who end borg in order.
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
         command
@@ -158,6 +88,9 @@ impl Borg {
     pub(super) fn start(&self, call: &Call<'_>) -> Result<Running, ProviderError> {
         let mut command = self.command(call.verb);
         command.args(["--log-json", "--lock-wait", &self.0.lock_wait.as_secs().to_string()]);
+        if call.progress.is_some() {
+            command.arg("--progress");
+        }
         command.args(&call.options).arg(self.place(call.archive)).args(&call.arguments);
         if let Some(directory) = call.directory {
             command.current_dir(directory);
@@ -166,7 +99,7 @@ impl Borg {
             command.env("BORG_FILES_CACHE_SUFFIX", guest);
         }
         tracing::debug!(?command, "running borg");
-        Running::spawn(command)
+        Running::spawn(command, self.0.given_passphrase(), call.progress.clone())
     }
 
     /// Runs a command to its end.
@@ -176,18 +109,24 @@ impl Borg {
 
     /// Looks whether there is a borg, and one that we know.
     pub(super) fn check_version(&self) -> Result<(), ProviderError> {
-        let finished = Running::spawn(self.command("--version"))?.finish("borg --version", 1 << 10)?;
+        let finished = Running::spawn(self.command("--version"), None, None)?.finish("borg --version", 1 << 10)?;
         let text = String::from_utf8_lossy(&finished.output).trim().to_owned();
-        let number = text.rsplit(' ').next().unwrap_or_default();
-        let mut parts = number.split('.').map(|part| part.parse::<u32>().ok());
-        match (parts.next().flatten(), parts.next().flatten()) {
-            (Some(1), Some(2..)) => Ok(()),
-            _ => Err(ProviderError::new(
-                ErrorKind::Other,
-                format!("`{text}` is installed, but borg 1.2 or a later 1.x is needed"),
-            )),
+        if finished.status.success() && is_known(&text) {
+            return Ok(());
         }
+        let program = self.0.program.display();
+        Err(ProviderError::new(
+            ErrorKind::Other,
+            format!("`{program}` says `{text}`, but borg 1.2 or a later 1.x is needed; nothing was done"),
+        ))
     }
+}
+
+/// Whether `borg --version` has printed a version that we know: 1.2 or a later 1.x.
+fn is_known(text: &str) -> bool {
+    let number = text.rsplit(' ').next().unwrap_or_default();
+    let mut parts = number.split('.').map(|part| part.parse::<u32>().ok());
+    matches!((parts.next().flatten(), parts.next().flatten()), (Some(1), Some(2..)))
 }
 
 /// A borg at work. Dropping it ends it.
@@ -199,31 +138,25 @@ pub(super) struct Running {
 }
 
 impl Running {
-    fn spawn(mut command: Command) -> Result<Self, ProviderError> {
+    /// `secret` is what borg finds on its standard input.
+    fn spawn(mut command: Command, secret: Option<&str>, progress: Option<Progress>) -> Result<Self, ProviderError> {
+        if secret.is_some() {
+            command.stdin(Stdio::piped());
+        }
         let mut child = command.spawn().map_err(|error| {
+            let program = command.get_program().display();
             let what = match error.kind() {
-                io::ErrorKind::NotFound => format!("`{PROGRAM}` is not installed, or not in PATH"),
-                _ => format!("`{PROGRAM}` cannot be started"),
+                io::ErrorKind::NotFound => format!("`{program}` is not installed, or not in PATH"),
+                _ => format!("`{program}` cannot be started"),
             };
             ProviderError::caused_by(ErrorKind::Other, what, error)
         })?;
+        if let (Some(secret), Some(mut stdin)) = (secret, child.stdin.take()) {
+            // It is far smaller than a pipe. A borg that does not want it is not our concern.
+            let _ = stdin.write_all(secret.as_bytes());
+        }
         let stdout = child.stdout.take();
-        let log = child.stderr.take().map(|stderr| {
-            thread::spawn(move || {
-                let mut messages = Vec::new();
-                let mut reader = BufReader::new(stderr.take(MAX_LOG));
-                let mut line = Vec::new();
-                while matches!(reader.read_until(b'\n', &mut line), Ok(1..)) {
-                    let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-                    tracing::debug!("borg: {text}");
-                    messages.push(Message::of_line(&text));
-                    line.clear();
-                }
-                // borg must not wait for a reader.
-                let _ = io::copy(&mut reader.into_inner().into_inner(), &mut io::sink());
-                messages
-            })
-        });
+        let log = child.stderr.take().map(|stderr| thread::spawn(move || read_log(stderr, progress.as_ref())));
         Ok(Self { child, stdout, log, status: None })
     }
 
@@ -310,28 +243,61 @@ impl Drop for Running {
     }
 }
 
+/// Reads messages to their end: borg must not wait for a reader.
+fn read_log(stderr: impl Read, progress: Option<&Progress>) -> Vec<Message> {
+    let mut first = Vec::new();
+    let mut last = VecDeque::new();
+    let mut bytes = 0;
+    let mut reader = BufReader::new(stderr);
+    let mut line = Vec::new();
+    while matches!(reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line), Ok(1..)) {
+        let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+        line.clear();
+        if progress.is_some_and(|progress| progress.take(&text)) {
+            continue;
+        }
+        tracing::debug!("borg: {text}");
+        bytes += text.len();
+        let message = Message::of_line(&text);
+        if let Some(progress) = progress {
+            progress.look_at(&message);
+        }
+        if bytes < MAX_LOG {
+            first.push(message);
+        } else {
+            last.push_back(message);
+            if last.len() > LAST {
+                last.pop_front();
+            }
+        }
+    }
+    first.extend(last);
+    first
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::process::ExitStatusExt;
 
     #[test]
-    fn failures_are_told_apart_by_borgs_message_ids() {
-        let kind = |line: &str| {
-            let finished = Finished {
-                status: ExitStatus::from_raw(2 << 8),
-                output: Vec::new(),
-                messages: vec![Message::of_line(line)],
-            };
-            finished.error("x").kind
-        };
-        let json = |id: &str| format!(r#"{{"levelname": "ERROR", "message": "m", "msgid": "{id}"}}"#);
-        assert_eq!(kind(&json("Repository.DoesNotExist")), ErrorKind::RepositoryMissing);
-        assert_eq!(kind(&json("LockTimeout")), ErrorKind::Locked);
-        assert_eq!(kind(&json("PassphraseWrong")), ErrorKind::Credentials);
-        assert_eq!(kind(&json("Archive.DoesNotExist")), ErrorKind::NotFound);
-        assert_eq!(kind(&json("Else")), ErrorKind::Other);
-        assert_eq!(kind("OSError: [Errno 28] No space left on device"), ErrorKind::NoSpace);
-        assert_eq!(kind(r#"{"message": "Remote: Host key verification failed."}"#), ErrorKind::Credentials);
+    fn borgs_from_1_2_on_are_known() {
+        for known in ["borg 1.2.4", "borg 1.4.0", "borg 1.4.0rc1", "borg 1.10.0"] {
+            assert!(is_known(known), "{known}");
+        }
+        for unknown in ["borg 1.1.18", "borg 2.0.0b14", "borg", "", "attic 0.16", "borg 1"] {
+            assert!(!is_known(unknown), "{unknown}");
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_long_log_is_kept_and_its_size_bounded() {
+        let mut log = "x".repeat(2 * MAX_LINE as usize) + "\n";
+        log += &"a line of about a hundred bytes, so that there is more of them than what is kept in all, a lot more\n"
+            .repeat(100_000);
+        log += r#"{"levelname": "ERROR", "message": "the end", "msgid": "LockTimeout"}"#;
+        let messages = read_log(log.as_bytes(), None);
+        assert!(messages.len() < 60_000, "{}", messages.len());
+        assert_eq!(messages.last().expect("some").text, "the end");
+        assert_eq!(messages[0].text.len() as u64, MAX_LINE);
     }
 }

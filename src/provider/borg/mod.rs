@@ -19,13 +19,22 @@
 //!
 //! That the chunks of unchanged segments are still there is what borg's own index says; `borg check` looks at the repository.
 //!
+//! # A repository that is older than it was
+//!
+//! borg refuses a repository that is older than what it has seen of it, for example one that was restored from a copy. Such a
+//! repository is taken, with a warning, and everything that we know of it is forgotten, so that the next backup of every guest
+//! is a full one. What borg remembers for its encryption (the nonces that it has used up) stays.
+//!
 //! # Zeroes
 //!
 //! A changed segment that turns out to be zero only when it is read has a file all the same, since borg had seen its name by
 //! then. The next archive does not have it any more.
 
 mod command;
+mod environment;
 mod options;
+mod outcome;
+mod progress;
 mod reader;
 mod store;
 
@@ -38,15 +47,16 @@ use super::{
 use crate::{
     archive::{ArchiveId, ArchiveName},
     config::create_private_dir,
-    fuse::mounts,
-    report::spelled_out,
+    fuse::{Mount, mounts},
+    report::{Events, spelled_out},
     segment::SegmentTable,
 };
-use command::{Borg, Call, Finished};
+use command::{Borg, Call};
 use jiff::Timestamp;
+use outcome::Finished;
 use reader::Reader;
 use serde::Deserialize;
-use std::{collections::HashMap, fs, path::PathBuf};
+use std::{collections::HashMap, fs, io, path::PathBuf};
 use store::Known;
 
 /// Ending of the name of an archive that is not complete.
@@ -60,6 +70,7 @@ pub struct BorgProvider {
     /// The last answer of the repository, for names.
     listed: Option<Listing>,
     added: Option<u64>,
+    events: Option<Events>,
 }
 
 /// The answer to `borg list --json`.
@@ -93,14 +104,15 @@ impl BorgProvider {
     /// # Errors
     /// When there is no borg that we know, or its directories cannot be made.
     pub fn open(options: BorgOptions) -> Result<Self, ProviderError> {
-        for directory in [options.cache(), options.directory.join("view"), options.directory.join("known")] {
+        let borg = Borg::new(options);
+        borg.check_version()?;
+        let options = borg.options();
+        for directory in [options.cache(), options.directory.join("view"), options.known_dir()] {
             create_private_dir(&directory).map_err(|e| {
                 ProviderError::caused_by(ErrorKind::Other, format!("cannot create {}", directory.display()), e)
             })?;
         }
-        let borg = Borg::new(options);
-        borg.check_version()?;
-        Ok(Self { borg, listed: None, added: None })
+        Ok(Self { borg, listed: None, added: None, events: None })
     }
 
     /// Creates the repository.
@@ -126,13 +138,74 @@ impl BorgProvider {
         Err(finished.error(&format!("{what} (repository {})", self.borg.options().repository)))
     }
 
+    fn warn(&self, text: impl Into<String>) {
+        if let Some(events) = &self.events {
+            events.warn(text);
+        } else {
+            tracing::warn!("{}", text.into());
+        }
+    }
+
+    fn inform(&self, text: impl Into<String>) {
+        if let Some(events) = &self.events {
+            events.info(text);
+        } else {
+            tracing::info!("{}", text.into());
+        }
+    }
+
     /// The repository's id, and those of its archives that can be ours.
     fn listing(&self) -> Result<Listing, ProviderError> {
         let what = "the archives cannot be listed";
-        let options = ["--json", "--glob-archives", "pve-qemu-*"].map(str::to_owned).into();
-        let finished = self.borg.run(&Call { verb: "list", options, ..Call::default() })?;
+        let list = || {
+            let options = ["--json", "--glob-archives", "pve-qemu-*"].map(str::to_owned).into();
+            self.borg.run(&Call { verb: "list", options, ..Call::default() })
+        };
+        let mut finished = list()?;
+        if finished.older() {
+            self.forget_newer()?;
+            finished = list()?;
+        }
         self.succeeded(&finished, what)?;
         serde_json::from_slice(&finished.output).map_err(|e| ProviderError::caused_by(ErrorKind::Other, what, e))
+    }
+
+    /// Makes borg take a repository that is older than what it has seen of it.
+    fn forget_newer(&self) -> Result<(), ProviderError> {
+        let options = self.borg.options();
+        self.warn(format!(
+            "repository {} is older than it was when this host used it last: an older copy of it was put in its place; what \
+             was known of it is forgotten, and the next backup of every guest is a full one",
+            options.repository
+        ));
+        let forget = || -> io::Result<()> {
+            for directory in [options.known_dir(), options.cache()] {
+                fs::remove_dir_all(&directory)?;
+                create_private_dir(&directory)?;
+            }
+            for repository in fs::read_dir(options.security())? {
+                // Not removed: borg would take the repository for one that it has never seen.
+                let seen = repository?.path().join("manifest-timestamp");
+                if seen.exists() {
+                    fs::write(seen, "1970-01-01T00:00:00.000000")?;
+                }
+            }
+            Ok(())
+        };
+        let what = || format!("what borg knows of repository {} cannot be forgotten", options.repository);
+        forget().map_err(|e| ProviderError::caused_by(ErrorKind::Other, what(), e))
+    }
+
+    /// Makes the directory that a guest's view is mounted at, and looks whether that will work. Returns its path.
+    fn prepare_view(&self, guest: &str) -> Result<PathBuf, ProviderError> {
+        let directory = self.borg.options().view(guest);
+        // The last run's mount may be there, and dead: then it can neither be made nor looked at.
+        let made = mounts::clear_dead(&directory).map(drop).or_else(|_| create_private_dir(&directory));
+        made.map_err(|e| {
+            ProviderError::caused_by(ErrorKind::Other, format!("cannot create {}", directory.display()), e)
+        })?;
+        let checked = Mount::check(&directory);
+        checked.map_err(|e| ProviderError::caused_by(ErrorKind::Other, "the segments cannot be shown to borg", e))
     }
 
     fn delete(&self, name: &str) -> Result<(), ProviderError> {
@@ -152,6 +225,10 @@ impl BorgProvider {
             listing.name(&query.base).ok_or_else(|| format!("archive {} is not in the repository", query.base))?;
         if known.repository != listing.repository.id || known.disks.get(&query.name) != Some(&query.base) {
             return Err("borg's files cache does not belong to the base archive".into());
+        }
+        let view = self.borg.options().view(name.guest());
+        if known.view != view {
+            return Err(format!("borg's files cache knows the disks in another place than {}", view.display()));
         }
         let files = self.borg.options().cache().join(&listing.repository.id).join(store::files_cache(name.guest()));
         if !files.is_file() {
@@ -178,6 +255,10 @@ impl Provider for BorgProvider {
         "borg"
     }
 
+    fn report_to(&mut self, events: &Events) {
+        self.events = Some(events.clone());
+    }
+
     fn repository_id(&mut self) -> Result<String, ProviderError> {
         let listing = self.listing()?;
         let id = listing.repository.id.clone();
@@ -189,7 +270,7 @@ impl Provider for BorgProvider {
         // What runs that were killed have left.
         for entry in fs::read_dir(self.borg.options().directory.join("view")).into_iter().flatten().flatten() {
             if let Err(error) = mounts::clear_dead(&entry.path()) {
-                tracing::warn!("{error}");
+                self.warn(error.to_string());
             }
         }
         Ok(())
@@ -201,12 +282,13 @@ impl Provider for BorgProvider {
 
     fn backup_init(&mut self, guest: &str, start: Timestamp) -> Result<ArchiveName, ProviderError> {
         self.added = None;
+        self.prepare_view(guest)?;
         // A name that somebody takes meanwhile makes borg fail, so what was just listed will do.
         let listing = self.listed.take().map_or_else(|| self.listing(), Ok)?;
         for archive in &listing.archives {
             let left = archive.name.strip_suffix(INCOMPLETE).and_then(|name| name.parse::<ArchiveName>().ok());
             if left.is_some_and(|name| name.guest() == guest) {
-                tracing::info!("deleting `{}`, which a run that died has left", archive.name);
+                self.inform(format!("deleting `{}`, which a run that died has left", archive.name));
                 self.delete(&archive.name)?;
             }
         }

@@ -1,21 +1,43 @@
-//! Where a repository is, and how to reach it.
+//! Where a repository is, and how to use it.
 
-use std::{
-    env,
-    ffi::OsString,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
-/// Where the repository's passphrase comes from. borg asks for it itself, so that it is in no argument and no environment.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// borg's encryption modes.
+const ENCRYPTION: [&str; 7] =
+    ["none", "authenticated", "authenticated-blake2", "repokey", "repokey-blake2", "keyfile", "keyfile-blake2"];
+/// Arguments of `borg create` that may be added, each with a value. Whatever changes which files borg reads, how it recognizes
+/// them, or what it prints, is ours.
+const EXTRA: [&str; 4] = ["--comment", "--chunker-params", "--upload-buffer", "--umask"];
+
+/// Where the repository's passphrase comes from. It is in no argument and no environment of borg's.
+#[derive(Clone, PartialEq, Eq)]
 pub enum Passphrase {
-    /// The first line of a file.
+    /// The first line of a file, which borg has read by a command.
     File(PathBuf),
-    /// Standard output of a program and its arguments; no shell.
+    /// Standard output of a program and its arguments; no shell. borg runs it.
     Command(Vec<String>),
-    /// The repository is not encrypted.
+    /// In our memory; each borg gets it through a pipe.
+    Given(Arc<str>),
+    /// The repository needs none.
     None,
+}
+
+impl Passphrase {
+    /// A passphrase that is known already.
+    pub fn given(text: &str) -> Self {
+        Self::Given(text.into())
+    }
+}
+
+impl fmt::Debug for Passphrase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => f.debug_tuple("File").field(path).finish(),
+            Self::Command(words) => f.debug_tuple("Command").field(&words.first()).finish(),
+            Self::Given(_) => f.write_str("Given"),
+            Self::None => f.write_str("None"),
+        }
+    }
 }
 
 /// A repository and how to reach it.
@@ -25,10 +47,16 @@ pub struct BorgOptions {
     pub repository: String,
     /// The passphrase.
     pub passphrase: Passphrase,
+    /// borg here: a path, or a name to look for in `PATH`.
+    pub program: PathBuf,
+    /// borg on the other side of SSH.
+    pub remote_path: Option<String>,
     /// SSH key file.
     pub ssh_key: Option<PathBuf>,
     /// File with the host keys that are trusted, instead of the user's own.
     pub known_hosts: Option<PathBuf>,
+    /// Where the keys of the `keyfile` modes are; `config/keys` in our directory if not set.
+    pub keys_dir: Option<PathBuf>,
     /// As `borg create --compression` takes it; borg's own default is `lz4`.
     pub compression: Option<String>,
     /// As `borg init --encryption` takes it.
@@ -39,6 +67,8 @@ pub struct BorgOptions {
     pub upload_ratelimit: Option<u64>,
     /// More arguments for `borg create`.
     pub extra_arguments: Vec<String>,
+    /// How often to tell where a long `borg create` stands.
+    pub progress_pause: Duration,
     /// Our own directory of this target: borg's caches, and the views.
     pub directory: PathBuf,
 }
@@ -49,14 +79,57 @@ impl BorgOptions {
         Self {
             repository: repository.into(),
             passphrase,
+            program: "borg".into(),
+            remote_path: None,
             ssh_key: None,
             known_hosts: None,
+            keys_dir: None,
             compression: None,
             encryption: "repokey-blake2".into(),
             lock_wait: Duration::from_mins(1),
             upload_ratelimit: None,
             extra_arguments: Vec::new(),
+            progress_pause: Duration::from_secs(10),
             directory,
+        }
+    }
+
+    /// Looks for what borg would refuse only when the guest has its snapshot access, and for what would break our archives.
+    ///
+    /// # Errors
+    /// The name of the option, and what is wrong with it.
+    pub fn check(&self) -> Result<(), (&'static str, String)> {
+        if !ENCRYPTION.contains(&self.encryption.as_str()) {
+            return Err(("encryption", format!("`{}` is none of {}", self.encryption, ENCRYPTION.join(", "))));
+        }
+        if let Some(text) = self.compression.as_deref().filter(|text| !is_compression(text)) {
+            let known = "none, lz4, zstd[,1-22], zlib[,0-9], lzma[,0-9], auto,C[,L], obfuscate,SPEC,C[,L]";
+            return Err(("compression", format!("`{text}` is none of {known}")));
+        }
+        if self.upload_ratelimit == Some(0) {
+            return Err(("upload-ratelimit", "0 would be no limit; leave it out".into()));
+        }
+        let mut words = self.extra_arguments.iter();
+        while let Some(word) = words.next() {
+            let (name, value) = word.split_once('=').map_or((word.as_str(), None), |(name, value)| (name, Some(value)));
+            if !EXTRA.contains(&name) {
+                return Err((
+                    "extra-arguments",
+                    format!("`{name}` is none of {}: others change what borg reads or prints", EXTRA.join(", ")),
+                ));
+            }
+            if value.is_none() && words.next().is_none() {
+                return Err(("extra-arguments", format!("`{name}` needs a value")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The passphrase that borg is to find on its standard input.
+    pub(super) fn given_passphrase(&self) -> Option<&str> {
+        match &self.passphrase {
+            Passphrase::Given(text) => Some(text),
+            _ => None,
         }
     }
 
@@ -73,6 +146,11 @@ impl BorgOptions {
         self.directory.join("cache")
     }
 
+    /// What borg remembers of repositories to tell one from another.
+    pub(super) fn security(&self) -> PathBuf {
+        self.directory.join("security")
+    }
+
     /// Where a guest's view is mounted: in every run at the same path, which is what borg's files cache knows files by.
     pub(super) fn view(&self, guest: &str) -> PathBuf {
         self.directory.join("view").join(guest)
@@ -80,89 +158,36 @@ impl BorgOptions {
 
     /// Which archives the files cache of a guest belongs to.
     pub(super) fn known(&self, guest: &str) -> PathBuf {
-        self.directory.join("known").join(format!("{guest}.json"))
+        self.known_dir().join(format!("{guest}.json"))
     }
 
-    /// Variables that are set, and those that must not reach borg.
-    pub(super) fn environment(&self) -> (Vec<(&'static str, OsString)>, &'static [&'static str]) {
-        let directory = |name: &str| self.directory.join(name).into_os_string();
-        let mut set: Vec<(&'static str, OsString)> = vec![
-            ("LC_ALL", "C.UTF-8".into()),
-            ("BORG_BASE_DIR", self.directory.clone().into()),
-            ("BORG_CACHE_DIR", self.cache().into()),
-            ("BORG_CONFIG_DIR", directory("config")),
-            ("BORG_SECURITY_DIR", directory("security")),
-            // Other guests' runs, and runs without a disk, must not make borg forget files.
-            ("BORG_FILES_CACHE_TTL", "1000000000".into()),
-            ("BORG_EXIT_CODES", "legacy".into()),
-        ];
-        let command = match &self.passphrase {
-            Passphrase::File(path) => Some(join(&["head".into(), "-n".into(), "1".into(), "--".into(), text(path)])),
-            Passphrase::Command(words) => Some(join(words)),
-            Passphrase::None => None,
-        };
-        match command {
-            Some(command) => set.push(("BORG_PASSCOMMAND", command.into())),
-            None => set.push(("BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK", "yes".into())),
-        }
-        if self.ssh_key.is_some() || self.known_hosts.is_some() || env::var_os("BORG_RSH").is_none() {
-            set.push(("BORG_RSH", self.ssh().into()));
-        }
-        (set, &["BORG_REPO", "BORG_PASSPHRASE", "BORG_PASSPHRASE_FD", "BORG_PASSCOMMAND", "BORG_NEW_PASSPHRASE"])
-    }
-
-    fn ssh(&self) -> String {
-        let mut words: Vec<String> = vec!["ssh".into()];
-        let mut option = |text: String| words.extend(["-o".into(), text]);
-        option("BatchMode=yes".into());
-        option("ServerAliveInterval=30".into());
-        option("ServerAliveCountMax=10".into());
-        if let Some(file) = &self.known_hosts {
-            option(format!("UserKnownHostsFile=\"{}\"", file.display()));
-            option("GlobalKnownHostsFile=/dev/null".into());
-            option("StrictHostKeyChecking=yes".into());
-        }
-        if let Some(key) = &self.ssh_key {
-            option("IdentitiesOnly=yes".into());
-            words.extend(["-i".into(), text(key)]);
-        }
-        join(&words)
+    pub(super) fn known_dir(&self) -> PathBuf {
+        self.directory.join("known")
     }
 }
 
-fn text(path: &Path) -> String {
-    path.display().to_string()
-}
-
-/// Words as borg splits them again (Python's `shlex.split`).
-fn join(words: &[String]) -> String {
-    let quoted: Vec<String> = words.iter().map(|word| format!("'{}'", word.replace('\'', "'\"'\"'"))).collect();
-    quoted.join(" ")
+/// As borg's `CompressionSpec` takes it.
+fn is_compression(text: &str) -> bool {
+    let (name, rest) = text.split_once(',').map_or((text, None), |(name, rest)| (name, Some(rest)));
+    let level = |highest: u8, lowest: u8| {
+        rest.is_none_or(|level| level.parse::<u8>().is_ok_and(|level| (lowest..=highest).contains(&level)))
+    };
+    match name {
+        "none" | "lz4" => rest.is_none(),
+        "zlib" | "lzma" => level(9, 0),
+        "zstd" => level(22, 1),
+        "auto" => rest.is_some_and(|inner| !inner.starts_with("auto") && is_compression(inner)),
+        "obfuscate" => rest.and_then(|rest| rest.split_once(',')).is_some_and(|(spec, inner)| {
+            spec.parse::<u16>().is_ok() && !inner.starts_with("obfuscate") && is_compression(inner)
+        }),
+        _ => false,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn words_survive_the_shell() {
-        assert_eq!(join(&["a b".into(), "it's".into()]), r#"'a b' 'it'"'"'s'"#);
-    }
-
-    #[test]
-    fn a_passphrase_is_read_by_borg_and_ssh_trusts_only_the_given_keys() {
-        let mut options = BorgOptions::new("/r", Passphrase::File("/etc/pass phrase".into()), "/state".into());
-        options.known_hosts = Some("/k h".into());
-        let (set, unset) = options.environment();
-        let value = |name: &str| {
-            let found = set.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_string_lossy().into_owned());
-            found.unwrap_or_default()
-        };
-        assert_eq!(value("BORG_PASSCOMMAND"), "'head' '-n' '1' '--' '/etc/pass phrase'");
-        assert!(value("BORG_RSH").contains("'UserKnownHostsFile=\"/k h\"' '-o' 'GlobalKnownHostsFile=/dev/null'"));
-        assert!(unset.contains(&"BORG_PASSPHRASE"));
-        assert!(value("BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK").is_empty());
-    }
+    use std::path::Path;
 
     #[test]
     fn only_paths_are_made_absolute() {
@@ -171,5 +196,58 @@ mod tests {
         assert_eq!(location("b@h:x"), "b@h:x");
         assert_eq!(location("/a/b"), "/a/b");
         assert!(Path::new(&location("a")).is_absolute());
+    }
+
+    #[test]
+    fn what_borg_would_refuse_late_is_refused_at_once() {
+        for good in ["none", "lz4", "zstd", "zstd,22", "zlib,0", "lzma,9", "auto,zstd,3", "obfuscate,110,auto,zlib"] {
+            assert!(is_compression(good), "{good}");
+        }
+        for bad in
+            ["", "lz4,1", "zstd,0", "zstd,23", "zstd,x", "gzip", "auto", "auto,auto,lz4", "obfuscate,lz4", "zstd,"]
+        {
+            assert!(!is_compression(bad), "{bad}");
+        }
+        let refused = |change: fn(&mut BorgOptions)| {
+            let mut options = BorgOptions::new("/r", Passphrase::None, "/s".into());
+            change(&mut options);
+            options.check().expect_err("must be refused").0
+        };
+        assert_eq!(refused(|o| o.encryption = "repokey-aes".into()), "encryption");
+        assert_eq!(refused(|o| o.compression = Some("gzip".into())), "compression");
+        assert_eq!(refused(|o| o.upload_ratelimit = Some(0)), "upload-ratelimit");
+    }
+
+    #[test]
+    fn arguments_that_would_break_an_archive_are_refused() {
+        let check = |words: &[&str]| {
+            let mut options = BorgOptions::new("/r", Passphrase::None, "/s".into());
+            options.extra_arguments = words.iter().map(ToString::to_string).collect();
+            options.check()
+        };
+        assert_eq!(check(&["--comment", "--dry-run", "--umask=0077"]), Ok(()));
+        for bad in [
+            "--files-cache=ctime,size",
+            "--dry-run",
+            "-n",
+            "--read-special",
+            "--exclude=disks",
+            "-x",
+            "--list",
+            "--json",
+            "--checkpoint-interval=1",
+            "--timestamp=2020-01-01",
+            "--paths-from-stdin",
+            "--patterns-from=x",
+            "--stdin-name=x",
+            "--comm=abbreviated",
+            "/etc",
+            "--",
+        ] {
+            let (what, why) = check(&[bad]).expect_err(bad);
+            assert_eq!(what, "extra-arguments");
+            assert!(why.contains(bad.split('=').next().expect("name")), "{why}");
+        }
+        assert!(check(&["--comment"]).expect_err("no value").1.contains("needs a value"));
     }
 }

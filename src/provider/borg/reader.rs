@@ -73,8 +73,7 @@ impl Reader {
         if finished.status.success() {
             return Ok(finished.output);
         }
-        let missing = finished.messages.iter().any(|m| m.text.contains("never matched"));
-        let kind = if missing { ErrorKind::NotFound } else { ErrorKind::Damaged };
+        let kind = if finished.never_matched() { ErrorKind::NotFound } else { ErrorKind::Damaged };
         Err(ProviderError { kind, ..finished.error(&format!("{what} cannot be read")) })
     }
 

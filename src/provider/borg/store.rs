@@ -2,13 +2,14 @@
 
 use super::{
     BorgOptions, BorgProvider, INCOMPLETE,
-    command::{Call, Finished, MAX_OUTPUT},
+    command::{Call, MAX_OUTPUT},
+    outcome::{Finished, Message},
+    progress::Progress,
 };
 use crate::{
     archive::{ArchiveId, ArchiveName},
-    config::create_private_dir,
     fuse::{
-        Mount, MountOptions, mounts,
+        Mount, MountOptions,
         segments::{DiskPlan, MANIFEST, MAX_DISKS, MAX_SEGMENTS, SegmentView, ViewFailure},
     },
     provider::{BackupInput, DiskInput, ErrorKind, ProviderError, Stored},
@@ -19,12 +20,19 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs,
     io::{self, Write as _},
+    path::PathBuf,
 };
+
+/// What borg says where a guest has no files cache yet. Where it should have one the view fails the backup.
+const NO_FILES_CACHE: [&str; 2] = ["The files cache can't be read.", "Continuing without files cache"];
 
 /// Which archives a guest's files cache belongs to.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Known {
     pub(super) repository: String,
+    /// Where the view was mounted; borg knows files by their whole path.
+    #[serde(default)]
+    pub(super) view: PathBuf,
     /// The last archive of every disk.
     pub(super) disks: BTreeMap<String, ArchiveId>,
 }
@@ -93,19 +101,20 @@ impl BorgProvider {
                     && let Err(error) = self.delete(&temporary)
                 {
                     // The next backup of the guest tries again.
-                    tracing::warn!("{error}");
+                    self.warn(error.to_string());
                 }
                 return Err(error);
             }
         };
         let options = self.borg.options();
         let mut known = Known::load(options, &guest);
-        if known.repository != repository {
-            known = Known { repository, disks: BTreeMap::new() };
+        let view = options.view(&guest);
+        if known.repository != repository || known.view != view {
+            known = Known { repository, view, disks: BTreeMap::new() };
         }
         known.disks.extend(disks.into_iter().map(|disk| (disk, id.clone())));
         if let Err(error) = known.store(options, &guest) {
-            tracing::warn!("the next backup will be a full one: {}: {error}", options.known(&guest).display());
+            self.warn(format!("the next backup will be a full one: {}: {error}", options.known(&guest).display()));
             Known::forget(options, &guest);
         }
         Ok(Stored { id, added_bytes: Some(added) })
@@ -125,14 +134,10 @@ impl BorgProvider {
         paths.extend(["disks".into(), MANIFEST.into()]);
         let view = SegmentView::new(input.members, plans, input.manifest, instant);
 
-        let directory = options.view(&guest);
-        // Looked at before it is made: the last run's mount may be there, and dead.
-        let prepared = mounts::clear_dead(&directory).map(drop).or_else(|_| create_private_dir(&directory));
-        prepared.map_err(|e| {
-            ProviderError::caused_by(ErrorKind::Other, format!("cannot create {}", directory.display()), e)
-        })?;
+        let directory = self.prepare_view(&guest)?;
         let mount = Mount::start(&directory, view.clone(), MountOptions::default())
             .map_err(|e| ProviderError::caused_by(ErrorKind::Other, "the segments cannot be shown to borg", e))?;
+        let progress = Progress::new(options.progress_pause, paths.clone());
         let call = Call {
             verb: "create",
             options: self.create_options(),
@@ -140,17 +145,21 @@ impl BorgProvider {
             arguments: paths.clone(),
             directory: Some(mount.path()),
             files_cache: Some(&guest),
+            progress: Some(progress.clone()),
         };
         let result = self.borg.start(&call).and_then(|running| {
             running.finish_unless("borg create", MAX_OUTPUT, || {
+                if let Some(news) = progress.news() {
+                    self.inform(news);
+                }
                 if input.cancel.is_cancelled() {
                     return Some(ProviderError::new(ErrorKind::Source, "the backup was cancelled"));
                 }
-                view.failure().map(|failure| failed(failure.clone()))
+                view.failure().map(|failure| failed(failure.clone())).or_else(|| progress.lost().map(given_up))
             })
         });
         if let Err(error) = mount.umount() {
-            tracing::warn!("{error}");
+            self.warn(error.to_string());
         }
         let complete = view.finish();
         let ran = result.as_ref().is_ok_and(Finished::ran);
@@ -165,11 +174,17 @@ impl BorgProvider {
             return Err(failed(gap.clone()));
         }
         self.succeeded(&finished, "the archive cannot be stored")?;
+        if let Some(message) = progress.lost() {
+            return Err(given_up(message));
+        }
         for message in finished.messages.iter().filter(|m| m.level == "WARNING") {
-            if paths.iter().any(|path| message.text.starts_with(path.as_str())) {
-                return Err(incomplete(&message.text));
+            if NO_FILES_CACHE.iter().any(|words| message.text.starts_with(words)) {
+                continue;
             }
-            tracing::warn!("borg: {}", message.text);
+            self.warn(format!("borg: {}", message.text));
+        }
+        if finished.left_out() {
+            return Err(incomplete(format!("borg ended with {}", finished.status)));
         }
         let (files, segments) = complete.map_err(failed)?;
         let created: Created = serde_json::from_slice(&finished.output)
@@ -225,6 +240,11 @@ impl BorgProvider {
         let id = found.map(|archive| ArchiveId(archive.id.clone()));
         Ok((listing.repository.id, id.ok_or_else(|| incomplete("it is not in the repository's list"))?))
     }
+}
+
+/// borg has given up a file.
+fn given_up(message: Message) -> ProviderError {
+    ProviderError { kind: message.kind().unwrap_or(ErrorKind::Incomplete), ..incomplete(message.text) }
 }
 
 fn failed(failure: ViewFailure) -> ProviderError {
