@@ -25,6 +25,10 @@ pub struct Kept {
     pub target: Option<String>,
     /// The disks.
     pub disks: Vec<DiskAccess>,
+    /// Whether clients may discard what they have read.
+    pub trim: bool,
+    /// Where files show it, each with the process that serves them.
+    pub mounts: Vec<(PathBuf, ProcessIdentity)>,
     /// The guest's QMP socket.
     pub qmp: PathBuf,
     /// The QEMU process.
@@ -34,15 +38,28 @@ pub struct Kept {
 impl Kept {
     /// The access by hand among the steps of a journal.
     pub fn of(steps: &[Step]) -> Option<Self> {
-        let (since, socket, target, disks) = steps.iter().rev().find_map(|step| match step {
-            Step::ByHand { since, socket, target, disks } => Some((*since, socket, target, disks)),
+        let (since, socket, target, disks, trim) = steps.iter().rev().find_map(|step| match step {
+            Step::ByHand { since, socket, target, disks, trim } => Some((*since, socket, target, disks, *trim)),
             _ => None,
         })?;
+        let mounts = steps.iter().filter_map(|step| match step {
+            Step::Served { path, server, .. } => Some((path.clone(), server.clone())),
+            _ => None,
+        });
         let (qmp, qemu) = steps.iter().find_map(|step| match step {
             Step::Begin { qmp, qemu, .. } => Some((qmp.clone(), qemu.clone())),
             _ => None,
         })?;
-        Some(Self { since, socket: socket.clone(), target: target.clone(), disks: disks.clone(), qmp, qemu })
+        Some(Self {
+            since,
+            socket: socket.clone(),
+            target: target.clone(),
+            disks: disks.clone(),
+            trim,
+            mounts: mounts.collect(),
+            qmp,
+            qemu,
+        })
     }
 
     /// Whether the QEMU process is known to have ended, and the access with it.
@@ -105,6 +122,7 @@ mod tests {
             socket: "/run/nbd.sock".into(),
             target: Some("nas".into()),
             disks: Vec::new(),
+            trim: false,
         };
         // As it comes back from the file.
         let step = serde_json::from_str(&serde_json::to_string(&step).unwrap()).unwrap();

@@ -14,7 +14,7 @@ pub mod stock;
 pub mod watchdog;
 
 pub use crate::protocol::Teardown;
-pub use recover::{RecoveryReport, end, recover};
+pub use recover::{RecoveryReport, end, recover, release};
 
 use crate::{
     guest::{Disk, Guest},

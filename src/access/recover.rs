@@ -5,7 +5,10 @@
 //! point.
 
 mod host;
+mod served;
 pub(super) mod qemu;
+
+pub use served::release;
 
 use super::{AccessError, Teardown};
 use crate::{
@@ -33,6 +36,8 @@ pub struct RecoveryReport {
     pub resumed: bool,
     /// Whether file systems that we had frozen are thawed.
     pub thawed: bool,
+    /// Mounts that were in use: their readers get errors.
+    pub cut_off: Vec<PathBuf>,
 }
 
 /// Undoes everything that a dead run left, on stock QEMU and on Proxmox VE's, and clears the journal when nothing is left.
@@ -89,8 +94,9 @@ struct Work {
     nodes: Vec<Step>,
     bitmaps: Vec<Switch>,
     servers: Vec<Step>,
-    fleecing: Vec<Step>,
     mounts: Vec<Step>,
+    fleecing: Vec<Step>,
+    served: Vec<Step>,
     directories: Vec<Step>,
 }
 
@@ -125,6 +131,7 @@ impl Work {
                     work.bitmaps.push(Switch { step, target, generation });
                 }
                 Step::NbdServer { .. } => work.servers.push(step),
+                Step::Served { .. } => work.served.push(step),
                 Step::FleecingFile { .. } | Step::FleecingVolume { .. } => work.fleecing.push(step),
                 Step::Mount { .. } => work.mounts.push(step),
                 Step::RunDir { .. } => work.directories.push(step),
@@ -157,6 +164,8 @@ async fn undo_as(
     access: Teardown,
 ) -> Result<RecoveryReport, AccessError> {
     let mut undo = Undo { journal, access, report: RecoveryReport::default(), unrecorded: None };
+    // Whoever reads through a mount has a connection to QEMU's NBD server, which must be gone before its exports.
+    undo.unmount(&Work::of(journal)).await?;
     let mut attempt = 1;
     let in_use = loop {
         let work = Work::of(journal);

@@ -119,7 +119,7 @@ impl Transfer<'_> {
             None => None,
         };
         let allocation = connect(vec!["base:allocation".into()]).await?;
-        let map = copy::read_map(access, dirty.as_ref(), &allocation).await?;
+        let map = copy::read_map(access, dirty.as_ref(), Some(&allocation)).await?;
         let segment_len = baseline_len(&baseline, disk, self.options);
         let (base, reason) = match (baseline, access.action) {
             (Baseline::Archive { archive, table, .. }, BitmapAction::Used) => {

@@ -4,9 +4,11 @@
 //! bitmaps are of a target of their own, and where it shows the bitmap of a real target, ending it gives that bitmap back with
 //! all writes since.
 
+mod mount;
 mod status;
 
-pub use status::{Image, Standing, State, status};
+pub use mount::{Showing, Shown, ShownDisk, View, mount};
+pub use status::{Image, MountState, Mounted, Standing, State, status};
 
 use crate::{
     access::{
@@ -20,9 +22,10 @@ use crate::{
     backup::{Cancelled, LeftBehind, Selection, new_generation, recover_leftover},
     config::Dirs,
     copy::{self, CopyError, DiskMap},
+    fuse::FuseError,
     generation::{Facts, Record},
     guest::{Disk, Guest, GuestError, GuestId, GuestKind},
-    journal::{Journal, ProcessIdentity, Step, look},
+    journal::{Journal, JournalError, ProcessIdentity, Step, look},
     nbd::{Client, ConnectOptions, NbdError},
     qmp::Qmp,
     report::{Event, Events, Phase},
@@ -31,12 +34,16 @@ use crate::{
 use anyhow::{Context, Result, bail};
 use std::{
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 /// Limit for an answer of QEMU's NBD server, as for backups.
 const NBD_DEADLINE: Duration = Duration::from_mins(2);
+/// How long a moment is for which a journal's lock is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+const LOCK_POLL: Duration = Duration::from_millis(20);
 
 /// Dirty bitmaps of an access by hand.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +67,8 @@ pub struct Options {
     pub selection: Selection,
     /// Dirty bitmaps.
     pub bitmap: Bitmap,
+    /// What clients may do with the exports.
+    pub exports: ExportMode,
     /// Freeze.
     pub freeze: FreezeMode,
     /// Limit of a freeze.
@@ -99,6 +108,16 @@ pub enum ByHandError {
     Gone {
         /// The guest.
         guest: GuestId,
+    },
+    /// Success, while somebody reads.
+    #[error(
+        "`{}` is in use, so what is read there may not be complete; close the files and end the access then, \
+         or end it without `--success`",
+        path.display()
+    )]
+    InUse {
+        /// Where it is mounted.
+        path: PathBuf,
     },
     /// Success has no meaning for it.
     #[error("the access by hand to guest `{guest}` has no dirty bitmap that could be kept; end it without `--success`")]
@@ -187,7 +206,8 @@ fn keep(journal: &Journal, active: ActiveAccess, options: &Options, cancel: &Can
         _ => None,
     };
     let ActiveAccess { socket, disks, instant, .. } = active;
-    journal.record(&Step::ByHand { since: instant, socket, target, disks })?;
+    let trim = options.exports == ExportMode::Trim;
+    journal.record(&Step::ByHand { since: instant, socket, target, disks, trim })?;
     Kept::of(&journal.leftover()).context("the journal lost the access by hand")
 }
 
@@ -248,7 +268,7 @@ fn plan(
         freeze: options.freeze,
         freeze_limit: options.freeze_limit,
         cbw_timeout: options.cbw_timeout,
-        exports: ExportMode::Read,
+        exports: options.exports,
         pvesm: options.pvesm.clone(),
     }
 }
@@ -290,18 +310,52 @@ fn known(dirs: &Dirs, guest: &GuestId) -> Result<Kept> {
     }
 }
 
-/// What an access by hand shows of a disk: dirty and clean, data and zeroes.
+/// The journal of a guest with an access by hand. Those who show it as files hold its lock for moments, when they begin and when
+/// they have ended; a longer holder is a command at work.
+///
+/// # Errors
+/// [`JournalError::Busy`], or when it cannot be read.
+pub async fn open_journal(dirs: &Dirs, guest: &GuestId) -> Result<Journal, JournalError> {
+    let start = Instant::now();
+    loop {
+        match Journal::open(&dirs.journals(), guest.as_str()) {
+            Err(JournalError::Busy { .. }) if start.elapsed() < LOCK_PATIENCE => sleep(LOCK_POLL).await,
+            other => return other,
+        }
+    }
+}
+
+/// What an access by hand shows of a disk: dirty and clean, data and zeroes. What was discarded counts as data, and so does then
+/// everything that is dirty.
 ///
 /// # Errors
 /// When QEMU's NBD server does not answer as it should.
 pub async fn map(kept: &Kept, disk: &DiskAccess) -> Result<DiskMap, CopyError> {
+    let map = map_of(kept, disk, Allocation::Asked).await;
+    match map {
+        // QEMU tells no allocation of ranges that were discarded.
+        Err(CopyError::SnapshotLost { .. }) if kept.trim => map_of(kept, disk, Allocation::NotAsked).await,
+        map => map,
+    }
+}
+
+/// Whether QEMU is asked where a disk has zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Allocation {
+    Asked,
+    /// Everything dirty counts as data.
+    NotAsked,
+}
+
+async fn map_of(kept: &Kept, disk: &DiskAccess, asked: Allocation) -> Result<DiskMap, CopyError> {
     let nbd = |source| CopyError::Nbd { disk: disk.name.clone(), source };
     let dirty = match &disk.dirty_context {
         Some(context) => Some(connect(&kept.socket, disk, context).await.map_err(nbd)?),
         None => None,
     };
     let allocation = connect(&kept.socket, disk, "base:allocation").await.map_err(nbd)?;
-    let map = copy::read_map(disk, dirty.as_ref(), &allocation).await;
+    let asked = Some(&allocation).filter(|_| asked == Allocation::Asked);
+    let map = copy::read_map(disk, dirty.as_ref(), asked).await;
     for client in dirty.iter().chain([&allocation]) {
         // QEMU spins on a client that goes without a word.
         client.disconnect().await.ok();
@@ -323,14 +377,17 @@ pub async fn dirty_bytes(kept: &Kept, disk: &DiskAccess) -> Result<u64, CopyErro
 }
 
 async fn connect(socket: &Path, disk: &DiskAccess, context: &str) -> Result<Client, NbdError> {
-    Client::connect(&ConnectOptions {
+    Client::connect(&connection(socket, disk, vec![context.to_owned()])).await
+}
+
+fn connection(socket: &Path, disk: &DiskAccess, contexts: Vec<String>) -> ConnectOptions {
+    ConnectOptions {
         socket: socket.to_owned(),
         export: disk.export.clone(),
-        contexts: vec![context.to_owned()],
+        contexts,
         deadline: NBD_DEADLINE,
         longest_read: disk.largest_request.unwrap_or(ConnectOptions::LONGEST_READ),
-    })
-    .await
+    }
 }
 
 /// What ending an access by hand did.
@@ -342,6 +399,8 @@ pub struct Ended {
     pub qemu_gone: bool,
     /// Targets for which the next backup of the disks is full.
     pub forgotten: Vec<String>,
+    /// Mounts that were in use: their readers get errors.
+    pub cut_off: Vec<PathBuf>,
     /// What could not be removed and stays in the journal.
     pub left_behind: Vec<String>,
 }
@@ -356,7 +415,7 @@ pub struct Ended {
 pub async fn tear_down(dirs: &Dirs, guest: &GuestId, how: Teardown, lock_wait: Duration) -> Result<Ended> {
     // A journal is not made for a guest that never had one.
     known(dirs, guest)?;
-    let journal = Journal::open(&dirs.journals(), guest.as_str())?;
+    let journal = open_journal(dirs, guest).await?;
     let Some(kept) = Kept::of(&journal.leftover()) else {
         bail!(ByHandError::None { guest: guest.clone(), leftover: !journal.leftover().is_empty() });
     };
@@ -364,6 +423,12 @@ pub async fn tear_down(dirs: &Dirs, guest: &GuestId, how: Teardown, lock_wait: D
     if how == Teardown::Success {
         if kept.disks.iter().all(|disk| disk.next_bitmap.is_none()) {
             bail!(ByHandError::NoBitmap { guest: guest.clone() });
+        }
+        for (path, server) in &kept.mounts {
+            match access::release(path, server).await {
+                Err(FuseError::Busy(path)) => bail!(ByHandError::InUse { path }),
+                other => other?,
+            }
         }
         let bitmaps: Vec<(&str, Vec<&str>)> =
             kept.disks.iter().map(|disk| (disk.name.as_str(), bitmaps(disk))).collect();
@@ -373,7 +438,7 @@ pub async fn tear_down(dirs: &Dirs, guest: &GuestId, how: Teardown, lock_wait: D
     let report = access::end(&journal, &qmp, how)
         .await
         .context("the access by hand cannot be ended now, and the journal keeps it; try again")?;
-    Ok(Ended { kept, qemu_gone: report.qemu_gone, forgotten, left_behind: report.left_behind })
+    Ok(Ended { kept, qemu_gone: report.qemu_gone, forgotten, cut_off: report.cut_off, left_behind: report.left_behind })
 }
 
 /// Bitmaps whose meaning changes when an access to the disk ends with success.

@@ -3,11 +3,12 @@
 use crate::{
     access::by_hand::Kept,
     config::Dirs,
+    fuse::mounts,
     guest::GuestId,
     journal::{Glimpse, Journal, Step, look},
 };
 use anyhow::{Context, Result};
-use std::{fs, os::unix::fs::MetadataExt};
+use std::{fs, os::unix::fs::MetadataExt, path::PathBuf};
 
 /// How a guest stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +34,26 @@ pub enum State {
     },
 }
 
+/// Whether files are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MountState {
+    /// They are.
+    Served,
+    /// Their server was killed: the mount is there, and dead.
+    Dead,
+}
+
+/// Files that show an access.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mounted {
+    /// Where.
+    pub path: PathBuf,
+    /// The process that serves, or served, them.
+    pub pid: i32,
+    /// Whether it does.
+    pub state: MountState,
+}
+
 /// A fleecing image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
@@ -51,6 +72,8 @@ pub struct Standing {
     pub state: State,
     /// Its fleecing images.
     pub fleecing: Vec<Image>,
+    /// Files that show its access by hand.
+    pub mounts: Vec<Mounted>,
 }
 
 impl Standing {
@@ -61,7 +84,7 @@ impl Standing {
 
     fn of(guest: String, seen: Option<Glimpse>) -> Self {
         let Some(Glimpse { steps, owner }) = seen else {
-            return Self { guest, state: State::Idle, fleecing: Vec::new() };
+            return Self { guest, state: State::Idle, fleecing: Vec::new(), mounts: Vec::new() };
         };
         let state = match (owner, Kept::of(&steps)) {
             (Some(pid), _) => State::Running { pid },
@@ -81,7 +104,18 @@ impl Standing {
             Step::FleecingVolume { volume, .. } => Some(Image { name: volume.clone(), bytes: None }),
             _ => None,
         });
-        Self { guest, state, fleecing: fleecing.collect() }
+        let mounts = steps.iter().filter_map(|step| match step {
+            Step::Served { path, server, .. } => {
+                let state = match server.lives() {
+                    true => MountState::Served,
+                    false if mounts::at(path).ok()?.is_some_and(|mount| mount.is_ours()) => MountState::Dead,
+                    false => return None,
+                };
+                Some(Mounted { path: path.clone(), pid: server.pid, state })
+            }
+            _ => None,
+        });
+        Self { guest, state, fleecing: fleecing.collect(), mounts: mounts.collect() }
     }
 }
 
@@ -131,8 +165,13 @@ mod tests {
         assert_eq!(standing(vec![begin()], Some(7)).state, State::Running { pid: 7 });
         let left = standing(vec![begin(), Step::Node { name: "n".into() }], None);
         assert_eq!(left.state, State::LeftBehind { what: vec!["node n".into()] });
-        let kept =
-            Step::ByHand { since: jiff::Timestamp::UNIX_EPOCH, socket: "/s".into(), target: None, disks: Vec::new() };
+        let kept = Step::ByHand {
+            since: jiff::Timestamp::UNIX_EPOCH,
+            socket: "/s".into(),
+            target: None,
+            disks: Vec::new(),
+            trim: false,
+        };
         let by_hand = standing(vec![begin(), kept.clone()], None);
         assert!(matches!(by_hand.state, State::ByHand { qemu_gone: false, .. }), "{by_hand:?}");
         // While it is being ended.

@@ -112,6 +112,7 @@ fn code_of_one(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return match error {
             ByHandError::None { .. } | ByHandError::Gone { .. } => Some(NOT_FOUND),
             ByHandError::NoBitmap { .. } => Some(USAGE),
+            ByHandError::InUse { .. } => Some(BUSY),
         };
     }
     if let Some(error) = error.downcast_ref::<RestoreError>() {

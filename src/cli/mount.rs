@@ -71,7 +71,7 @@ pub(super) async fn run(args: MountArgs, context: Context) -> Result<u8> {
     if context.stop.token().is_cancelled() {
         return Ok(context.stop.code());
     }
-    let options = MountOptions { read_ahead_kib: Some(READ_AHEAD) };
+    let options = MountOptions { read_ahead_kib: Some(READ_AHEAD), read_only: false };
     let dir = args.dir;
     let mount = spawn_blocking(move || Mount::start(&dir, view, options)).await??;
     let mounted = Mounted { archive: info.name.to_string(), path: mount.path().to_owned(), disks };

@@ -4,6 +4,7 @@ use super::{Context, exit, print, vm::find_guest};
 use crate::{
     access::{self, by_hand::Kept},
     backup::committed,
+    by_hand,
     journal::{Journal, JournalError, Step},
     qmp::Qmp,
 };
@@ -29,7 +30,7 @@ pub(super) async fn run(args: RecoverArgs, context: Context) -> Result<u8> {
     let mut left = false;
     for guest in guests {
         let id: crate::guest::GuestId = guest.parse()?;
-        let journal = match Journal::open(&dir, id.as_str()) {
+        let journal = match by_hand::open_journal(&context.dirs, &id).await {
             Err(JournalError::Busy { .. }) => {
                 print(&format!("{guest}: a run is at work; nothing to recover"));
                 continue;
@@ -67,6 +68,10 @@ pub(super) async fn run(args: RecoverArgs, context: Context) -> Result<u8> {
         })?;
         for line in report.undone {
             print(&format!("{guest}: undone: {line}"));
+        }
+        for path in report.cut_off {
+            let path = path.display().to_string();
+            print(&format!("{guest}: {} was in use: its readers get errors", crate::report::printable(&path)));
         }
         for line in report.left_behind {
             print(&format!("{guest}: still there: {line}"));

@@ -28,11 +28,17 @@ pub const DIRTY: u64 = 1;
 /// Asks for both maps. All of it happens before the first discard: QEMU answers block status for discarded ranges with an
 /// error.
 ///
+/// Without `allocation` all that is dirty counts as data.
+///
 /// `dirty` has negotiated the dirty bitmap's context only and `allocation` only `base:allocation`: QEMU 10.0 loses the
 /// protocol's step when one of two contexts fails, as allocation does in ranges outside of the bitmap.
-pub async fn read_map(access: &DiskAccess, dirty: Option<&Client>, allocation: &Client) -> Result<DiskMap, CopyError> {
+pub async fn read_map(
+    access: &DiskAccess,
+    dirty: Option<&Client>,
+    allocation: Option<&Client>,
+) -> Result<DiskMap, CopyError> {
     let disk = access.name.as_str();
-    for client in dirty.iter().copied().chain([allocation]) {
+    for client in dirty.into_iter().chain(allocation) {
         if client.size() != access.size {
             return Err(CopyError::Size { disk: disk.into(), found: client.size(), expected: access.size });
         }
@@ -52,11 +58,11 @@ pub async fn read_map(access: &DiskAccess, dirty: Option<&Client>, allocation: &
             list.push(Extent { offset: extent.offset, len: extent.len, state: Content::Clean });
             continue;
         }
-        if access.largest_request.is_some() {
-            // Asking for one cluster at a time takes as long as reading it.
+        // Asking for one cluster at a time takes as long as reading it.
+        let Some(allocation) = allocation.filter(|_| access.largest_request.is_none()) else {
             list.push(Extent { offset: extent.offset, len: extent.len, state: Content::Data });
             continue;
-        }
+        };
         let answer = allocation.block_status(BASE_ALLOCATION, extent.offset, extent.len).await;
         let answer = answer.map_err(|source| CopyError::reading(disk, extent.offset, source))?;
         list.extend(located(

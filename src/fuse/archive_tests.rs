@@ -68,7 +68,11 @@ impl Shown {
 pub(super) fn show(images: Vec<Arc<dyn Image>>, deadline: Duration) -> Option<Shown> {
     let (dir, log) = (tempfile::tempdir().expect("directory"), Arc::new(Collector::new()));
     let options = ViewOptions { deadline, time: SystemTime::UNIX_EPOCH, events: Events::new("100", log.clone()) };
-    match Mount::start(dir.path(), ImageView::new(images, options), MountOptions { read_ahead_kib: Some(4096) }) {
+    match Mount::start(
+        dir.path(),
+        ImageView::new(images, options),
+        MountOptions { read_ahead_kib: Some(4096), ..MountOptions::default() },
+    ) {
         Ok(mount) => Some(Shown { mount, dir, log }),
         Err(FuseError::NoDevice | FuseError::NoHelper) => {
             eprintln!("skipped: FUSE cannot be mounted here");

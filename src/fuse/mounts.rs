@@ -86,7 +86,10 @@ fn unescape(text: &str) -> PathBuf {
 }
 
 /// The path without links, though its last part may be a mount whose server is dead.
-pub(super) fn absolute(path: &Path) -> Result<PathBuf, FuseError> {
+///
+/// # Errors
+/// [`FuseError::Io`] when it cannot be found.
+pub fn absolute(path: &Path) -> Result<PathBuf, FuseError> {
     let io = |source| FuseError::io("find", path, source);
     match path.file_name() {
         // A link to a directory is followed, unless that fails.

@@ -104,6 +104,8 @@ pub struct MountOptions {
     /// Bytes that the kernel reads ahead of a reader, in KiB; `None` leaves its 128. With 4096 a reader of one stream gets 15
     /// times as much from a backend that needs 0.5 ms. Only root can set it; for others it stays.
     pub read_ahead_kib: Option<u32>,
+    /// The kernel refuses whatever would change something, instead of asking.
+    pub read_only: bool,
 }
 
 /// How a mount ended.
@@ -170,6 +172,9 @@ impl Mount {
             MountOption::NoAtime,
             MountOption::DefaultPermissions,
         ];
+        if options.read_only {
+            config.mount_options.push(MountOption::RO);
+        }
         config.acl = SessionACL::Owner;
         if thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 2) {
             config.n_threads = Some(2);
@@ -353,7 +358,8 @@ mod tests {
 
     /// `None`, with the reason printed, where nothing can be mounted.
     fn mounted(dir: &Path, hang: Option<mpsc::Sender<ReplyData>>) -> Option<Mount> {
-        match Mount::start(dir, Probe { hang }, MountOptions { read_ahead_kib: Some(4096) }) {
+        match Mount::start(dir, Probe { hang }, MountOptions { read_ahead_kib: Some(4096), ..MountOptions::default() })
+        {
             Ok(mount) => Some(mount),
             Err(FuseError::NoDevice | FuseError::NoHelper) => {
                 eprintln!("skipped: FUSE cannot be mounted here");

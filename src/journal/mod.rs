@@ -138,6 +138,18 @@ pub enum Step {
         target: Option<String>,
         /// The disks.
         disks: Vec<DiskAccess>,
+        /// Whether clients may discard what they have read.
+        #[serde(default)]
+        trim: bool,
+    },
+    /// Files that show an access by hand, or an archive.
+    Served {
+        /// Where.
+        path: PathBuf,
+        /// The process that serves them.
+        server: ProcessIdentity,
+        /// Its log, which goes with it.
+        log: Option<PathBuf>,
     },
     /// A step that was undone again; it need not be undone a second time.
     Undone {
@@ -168,6 +180,7 @@ impl Step {
             Self::Export { id } => format!("export {id}"),
             Self::Stored { archive } => format!("stored {archive}"),
             Self::ByHand { since, .. } => format!("by-hand {since}"),
+            Self::Served { path, server, .. } => format!("served {} by process {}", path.display(), server.pid),
             Self::Undone { label } => format!("undone {label}"),
         }
     }

@@ -6,6 +6,8 @@ use crate::rig::{
 use serde_json::{Value, json};
 use std::{path::PathBuf, process::Command, time::Duration};
 
+mod mounted;
+
 const DISKS: [&str; 2] = ["scsi0", "virtio1"];
 
 fn site(kind: Kind) -> Site {

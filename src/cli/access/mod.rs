@@ -2,13 +2,14 @@
 
 mod grid;
 mod map;
+mod mount;
 mod show;
 
 use super::{Context, exit, print, vm};
 use crate::{
-    access::{FreezeMode, Teardown, by_hand::Kept},
+    access::{ExportMode, FreezeMode, Teardown, by_hand::Kept},
     backup::{LeftBehind, Selection},
-    by_hand::{self, Bitmap, Options, State},
+    by_hand::{self, Bitmap, MountState, Options, State},
     guest::{self, GuestId},
     report::Events,
 };
@@ -25,9 +26,17 @@ pub(super) enum AccessCommand {
     Setup(SetupArgs),
     /// Show what a disk of an access holds: extents, dirty bytes, and a picture
     Map(map::MapArgs),
+    /// Show the disks of an access as files
+    ///
+    /// `DIR/DISK` is the disk as it was when the access was set up, for qemu-img, dd, guestmount, loop devices. With `--view
+    /// segment` it is a directory of segments, `DIR/DISK/00000a/0000000a31`: those that changed have the time of the access, those
+    /// that did not 1970, and those of zeroes are missing. Only root, or whoever mounts, can look there. A process in the
+    /// background serves the files until they are unmounted (`pvebackup umount`) or the access ends. After `access setup --trim`,
+    /// `fallocate --punch-hole` on an image discards that range: it frees fleecing space, and cannot be read again.
+    Mount(mount::MountArgs),
     /// End an access
     ///
-    /// Removes exports, filters and fleecing images. Dirty bitmaps are given back with all writes since, so that backups go on
+    /// Unmounts what shows it (programs that read there get errors), and removes exports, filters and fleecing images. Dirty bitmaps are given back with all writes since, so that backups go on
     /// as if the access had never been.
     Teardown(TeardownArgs),
     /// Show who is at work on guests, and what is left
@@ -63,6 +72,9 @@ pub(super) struct SetupArgs {
     /// Show what the next backup to this target would read; the target's bitmaps are given back at the end
     #[arg(long, short, value_name = "NAME")]
     target: Option<String>,
+    /// Let clients discard (TRIM) what they have read, which frees fleecing space; it cannot be read again
+    #[arg(long)]
+    trim: bool,
     /// Freeze file systems through the guest agent: auto, require or off [default: auto]
     #[arg(long, value_name = "MODE", value_parser = vm::parse_freeze)]
     freeze: Option<FreezeMode>,
@@ -89,7 +101,8 @@ pub(super) struct TeardownArgs {
     /// What was shown is copied: keep the bitmaps with the writes since the access began, and only these
     ///
     /// After `--bitmap new` or `use`, the next access with `--bitmap use` shows what changed since this one. After `--target`,
-    /// the next backup of the disks to that target is full: pvebackup does not build on copies that it did not make.
+    /// the next backup of the disks to that target is full: pvebackup does not build on copies that it did not make. Refused
+    /// while files of `access mount` are open.
     #[arg(long)]
     success: bool,
     /// How long to wait for another client of the QMP socket: minutes, or with a unit (90s)
@@ -101,6 +114,7 @@ pub(super) async fn run(command: AccessCommand, context: Context) -> Result<u8> 
     match command {
         AccessCommand::Setup(args) => set_up(args, context).await,
         AccessCommand::Map(args) => map::run(args, context).await,
+        AccessCommand::Mount(args) => mount::run(args, context).await,
         AccessCommand::Teardown(args) => tear_down(args, context).await,
         AccessCommand::Status { guest } => status(guest.as_ref(), &context),
     }
@@ -122,6 +136,7 @@ async fn set_up(args: SetupArgs, context: Context) -> Result<u8> {
         dirs: context.dirs.clone(),
         selection: Selection { only: args.disk, skip: args.skip_disk },
         bitmap,
+        exports: if args.trim { ExportMode::Trim } else { ExportMode::Read },
         freeze: args.freeze.or(defaults.freeze).unwrap_or(FreezeMode::Auto),
         freeze_limit: defaults.freeze_timeout.unwrap_or(Duration::from_secs(30)),
         fleecing: vm::fleecing(args.fleecing.as_deref(), &context)?,
@@ -182,7 +197,8 @@ fn status(guest: Option<&GuestId>, context: &Context) -> Result<u8> {
         print("no guest was ever backed up, or looked at by hand, from here");
     }
     let left = |state: &State| matches!(state, State::LeftBehind { .. } | State::ByHand { qemu_gone: true, .. });
-    Ok(if list.iter().any(|standing| left(&standing.state)) { exit::LEFT_BEHIND } else { exit::OK })
+    let dead = |standing: &by_hand::Standing| standing.mounts.iter().any(|mount| mount.state == MountState::Dead);
+    Ok(if list.iter().any(|standing| left(&standing.state) || dead(standing)) { exit::LEFT_BEHIND } else { exit::OK })
 }
 
 /// A disk of an access by name.

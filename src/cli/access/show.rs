@@ -2,7 +2,7 @@
 
 use crate::{
     access::{DiskAccess, by_hand::Kept},
-    by_hand::{Ended, Standing, State},
+    by_hand::{Ended, MountState, Standing, State},
     guest::GuestId,
     report::{SCHEMA, printable, sizes},
 };
@@ -50,7 +50,7 @@ fn disks(kept: &Kept, dirty: &[Option<u64>]) -> Vec<Value> {
 pub(super) fn access_line(guest: &GuestId, kept: &Kept, dirty: &[Option<u64>]) -> serde_json::Result<String> {
     serde_json::to_string(&json!({
         "schema": SCHEMA, "type": "access", "guest": guest, "since": kept.since, "socket": kept.socket,
-        "target": kept.target, "disks": disks(kept, dirty),
+        "target": kept.target, "trim": kept.trim, "disks": disks(kept, dirty),
     }))
 }
 
@@ -80,7 +80,7 @@ pub(super) fn access_text(guest: &GuestId, kept: &Kept, dirty: &[Option<u64>]) -
 pub(super) fn ended_line(guest: &GuestId, ended: &Ended) -> serde_json::Result<String> {
     serde_json::to_string(&json!({
         "schema": SCHEMA, "type": "access-ended", "guest": guest, "since": ended.kept.since, "qemu_gone": ended.qemu_gone,
-        "forgotten": ended.forgotten, "left_behind": ended.left_behind,
+        "forgotten": ended.forgotten, "cut_off": ended.cut_off, "left_behind": ended.left_behind,
     }))
 }
 
@@ -94,6 +94,10 @@ pub(super) fn ended_text(guest: &GuestId, ended: &Ended) -> String {
     for target in &ended.forgotten {
         let _ = write!(text, "\n{guest}: the next backup of its disks to `{target}` is full");
     }
+    for path in &ended.cut_off {
+        let _ =
+            write!(text, "\n{guest}: {} was in use: its readers get errors", printable(&path.display().to_string()));
+    }
     for what in &ended.left_behind {
         let _ = write!(text, "\n{guest}: still there: {}", printable(what));
     }
@@ -103,8 +107,13 @@ pub(super) fn ended_text(guest: &GuestId, ended: &Ended) -> String {
 pub(super) fn standing_line(standing: &Standing) -> serde_json::Result<String> {
     let images: Vec<Value> =
         standing.fleecing.iter().map(|image| json!({"name": image.name, "bytes": image.bytes})).collect();
+    let mounts: Vec<Value> = standing
+        .mounts
+        .iter()
+        .map(|mount| json!({"path": mount.path, "pid": mount.pid, "served": mount.state == MountState::Served}))
+        .collect();
     let mut line = json!({
-        "schema": SCHEMA, "type": "access-status", "guest": standing.guest,
+        "schema": SCHEMA, "type": "access-status", "mounts": mounts, "guest": standing.guest,
         "fleecing_bytes": standing.fleecing_bytes(), "fleecing": images,
     });
     let more = match &standing.state {
@@ -163,6 +172,18 @@ pub(super) fn standing_text(standing: &Standing) -> String {
             }
         }
         _ => {}
+    }
+    for mount in &standing.mounts {
+        let path = mount.path.display().to_string();
+        let path = printable(&path);
+        let _ = match mount.state {
+            MountState::Served => write!(text, "\n  mounted at {path} (process {})", mount.pid),
+            MountState::Dead => write!(
+                text,
+                "\n  dead mount at {path}: process {} was killed; `pvebackup umount {path}` removes it",
+                mount.pid
+            ),
+        };
     }
     for image in &standing.fleecing {
         let bytes = image.bytes.map_or_else(|| "(the storage knows its size)".into(), sizes::short_bytes);

@@ -14,6 +14,7 @@
 //! names, whichever a program sorts by. Segments that did not change have no content here: reading one is a failure, and ends
 //! the backup. The tables and the manifest exist when everything before them was read; looking the manifest up waits for it.
 
+pub mod images;
 mod serve;
 
 use super::session::{directory_attributes, file_attributes};
