@@ -5,8 +5,8 @@
 //! point.
 
 mod host;
-mod served;
 pub(super) mod qemu;
+mod served;
 
 pub use served::release;
 

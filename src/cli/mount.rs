@@ -2,7 +2,7 @@
 
 use super::{Context, archive::ArchiveArgs, exit, print, say};
 use crate::{
-    fuse::{self, FuseError, ImageView, Mount, MountOptions, Unmounted, ViewOptions, mounts},
+    fuse::{self, FuseError, ImageView, Mount, MountOptions, Unmounted, ViewOptions, mounts, served::Record},
     report::Events,
 };
 use anyhow::Result;
@@ -73,7 +73,23 @@ pub(super) async fn run(args: MountArgs, context: Context) -> Result<u8> {
     }
     let options = MountOptions { read_ahead_kib: Some(READ_AHEAD), read_only: false };
     let dir = args.dir;
-    let mount = spawn_blocking(move || Mount::start(&dir, view, options)).await??;
+    let records = context.dirs.mounts();
+    let (mount, record) = spawn_blocking(move || {
+        // Whoever may not write there has his mount cleared by the next `mount` or `umount` at the place.
+        let record = Record::begin(&records, &dir)
+            .inspect_err(|error| tracing::warn!("`recover` will not know of this mount: {error}"))
+            .ok();
+        match (Mount::start(&dir, view, options), record) {
+            (Ok(mount), record) => Ok((mount, record)),
+            (Err(error), record) => {
+                if let Some(record) = record {
+                    record.end();
+                }
+                Err(error)
+            }
+        }
+    })
+    .await??;
     let mounted = Mounted { archive: info.name.to_string(), path: mount.path().to_owned(), disks };
     print(&if context.json { serde_json::to_string(&mounted)? } else { mounted.line() });
     let code = tokio::select! {
@@ -83,6 +99,9 @@ pub(super) async fn run(args: MountArgs, context: Context) -> Result<u8> {
     };
     if spawn_blocking(move || mount.umount()).await?? == Unmounted::Aborted {
         say("warning: files were open; their readers get an error");
+    }
+    if let Some(record) = record {
+        record.end();
     }
     Ok(code)
 }

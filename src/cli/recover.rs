@@ -5,10 +5,13 @@ use crate::{
     access::{self, by_hand::Kept},
     backup::committed,
     by_hand,
+    fuse::served,
     journal::{Journal, JournalError, Step},
     qmp::Qmp,
+    report::{printable, spelled_out},
 };
 use anyhow::{Context as _, Result};
+use tokio::task::spawn_blocking;
 
 #[derive(clap::Args, Debug)]
 pub(super) struct RecoverArgs {
@@ -22,12 +25,12 @@ pub(super) struct RecoverArgs {
 
 pub(super) async fn run(args: RecoverArgs, context: Context) -> Result<u8> {
     let dir = context.dirs.journals();
+    let mut left = args.guests.is_empty() && archives(args.dry_run, &context).await?;
     let guests = if args.guests.is_empty() {
         Journal::guests(&dir).with_context(|| format!("cannot list {}", dir.display()))?
     } else {
         args.guests
     };
-    let mut left = false;
     for guest in guests {
         let id: crate::guest::GuestId = guest.parse()?;
         let journal = match by_hand::open_journal(&context.dirs, &id).await {
@@ -71,7 +74,7 @@ pub(super) async fn run(args: RecoverArgs, context: Context) -> Result<u8> {
         }
         for path in report.cut_off {
             let path = path.display().to_string();
-            print(&format!("{guest}: {} was in use: its readers get errors", crate::report::printable(&path)));
+            print(&format!("{guest}: {} was in use: its readers get errors", printable(&path)));
         }
         for line in report.left_behind {
             print(&format!("{guest}: still there: {line}"));
@@ -79,4 +82,27 @@ pub(super) async fn run(args: RecoverArgs, context: Context) -> Result<u8> {
         }
     }
     Ok(if left { exit::LEFT_BEHIND } else { exit::OK })
+}
+
+/// Clears mounts of archives whose process was killed. Whether any is left.
+async fn archives(dry_run: bool, context: &Context) -> Result<bool> {
+    let dir = context.dirs.mounts();
+    let mut left = false;
+    for dead in spawn_blocking(move || served::dead(&dir)).await?? {
+        let text = dead.path.display().to_string();
+        let text = printable(&text);
+        if dry_run {
+            print(&format!("would undo: dead mount at {text}"));
+            left = true;
+            continue;
+        }
+        match spawn_blocking(move || dead.clear()).await? {
+            Ok(()) => print(&format!("undone: dead mount at {text}")),
+            Err(error) => {
+                print(&format!("still there: dead mount at {text}: {}", spelled_out(&error)));
+                left = true;
+            }
+        }
+    }
+    Ok(left)
 }

@@ -51,6 +51,11 @@ impl Dirs {
         self.state.join("journal")
     }
 
+    /// Records of the processes that serve archives as files.
+    pub fn mounts(&self) -> PathBuf {
+        self.run.join("mounts")
+    }
+
     /// Generation records, one per target and guest.
     pub fn generations(&self) -> PathBuf {
         self.state.join("generations")

@@ -15,6 +15,7 @@ pub mod image;
 pub mod mounts;
 mod ranges;
 pub mod segments;
+pub mod served;
 pub mod session;
 
 #[cfg(test)]

@@ -223,6 +223,11 @@ pub fn clear_dead(path: &Path) -> Result<usize, FuseError> {
     Ok(MOST_STACKED)
 }
 
+/// Whether the uppermost mount at `path`, which is absolute, is ours and nobody serves it.
+pub(super) fn is_dead_at(path: &Path) -> Result<bool, FuseError> {
+    Ok(at(path)?.is_some_and(|mount| mount.is_ours()) && is_dead(path))
+}
+
 /// Whether nobody serves the mount any more. A server that does not answer lives.
 fn is_dead(path: &Path) -> bool {
     let path = path.to_owned();

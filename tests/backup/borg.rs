@@ -244,6 +244,8 @@ fn a_run_that_is_killed_leaves_no_archive_in_borg() {
     }
     let list = site.program.run(&["list", "--json"]).ok();
     assert!(!list.stdout.contains("pve-qemu-"), "{}", list.stdout);
+    let run = site.program.run(&["recover", "--dry-run", "guest"]).code(26);
+    assert!(run.stdout.contains(&format!("would undo: mount {}", view.display())), "{}", run.stdout);
     site.vm.write("scsi0", MIB, MIB, 0x42);
     let run = site.backup(&[]).code(3);
     assert!(run.stdout.contains("undone") || run.stderr.contains("undo"), "{}{}", run.stdout, run.stderr);

@@ -1,6 +1,6 @@
 //! Archives as files: what other programs make of them, and what is left when the server dies.
 
-use crate::rig::{Bus, DiskSpec, Format, Io, Kind, MIB, Site, Style, VmBuilder, make_ext4};
+use crate::rig::{Bus, DiskSpec, Format, Io, Kind, MIB, Site, Style, VmBuilder, make_ext4, no_files_left};
 use nix::{
     errno::Errno,
     mount::{MntFlags, umount2},
@@ -261,6 +261,19 @@ fn a_killed_server_gives_errors_and_the_next_mount_clears_what_it_left() {
     std::os::unix::fs::symlink("a mount", &link).unwrap();
     site.program.run(&["umount", &link.display().to_string()]).ok();
     assert!(!is_mounted(&dir));
+
+    let mut third = mount(&site, &dir).expect("nothing is there");
+    let run = site.program.run(&["recover"]).ok();
+    assert!(!run.stdout.contains("mount") && is_mounted(&dir), "it lives: {}", run.stdout);
+    third.signal(Signal::SIGKILL);
+    third.child.wait().unwrap();
+    let run = site.program.run(&["recover", "--dry-run"]).code(26);
+    assert!(run.stdout.contains(&format!("would undo: dead mount at {}", dir.display())), "{}", run.stdout);
+    assert!(is_mounted(&dir));
+    let run = site.program.run(&["recover"]).ok();
+    assert!(run.stdout.contains(&format!("undone: dead mount at {}", dir.display())), "{}", run.stdout);
+    assert!(!is_mounted(&dir));
+    no_files_left(&site.program.run_dir());
 }
 
 #[test]
