@@ -104,30 +104,30 @@ fn at_instants(cases: &mut Cases) {
 
 #[test]
 fn restic_on_stock_qemu() {
-    killed(Provider::Restic, Kind::Stock, 12, 6);
+    killed(Provider::Restic, Kind::Stock, 8, 4);
 }
 
 #[test]
 fn restic_on_proxmox() {
-    killed(Provider::Restic, Kind::Proxmox, 12, 6);
+    killed(Provider::Restic, Kind::Proxmox, 8, 4);
 }
 
 #[test]
 fn borg_on_stock_qemu() {
-    killed(Provider::Borg, Kind::Stock, 4, 3);
+    killed(Provider::Borg, Kind::Stock, 3, 2);
 }
 
 #[test]
 fn borg_on_proxmox() {
-    killed(Provider::Borg, Kind::Proxmox, 4, 3);
+    killed(Provider::Borg, Kind::Proxmox, 3, 2);
 }
 
 #[test]
 fn directory_on_stock_qemu() {
-    killed(Provider::Directory, Kind::Stock, 8, 6);
+    killed(Provider::Directory, Kind::Stock, 6, 4);
 }
 
 #[test]
 fn directory_on_proxmox() {
-    killed(Provider::Directory, Kind::Proxmox, 8, 6);
+    killed(Provider::Directory, Kind::Proxmox, 6, 4);
 }

@@ -37,7 +37,7 @@ fn recover_killed(kind: Kind) {
     let count = recover.points.len();
     assert!(count > 10, "{:?}", recover.points);
 
-    for point in cases.scale.points(count, 6) {
+    for point in cases.scale.points(count, 5) {
         let from = cases.cell.site.vm.mark();
         killed_with_everything(&mut cases);
         let load = cases.cell.load();
@@ -89,7 +89,7 @@ fn by_hand_killed(kind: Kind) {
         let torn = run_traced(&cases.cell.site.program.command(&words), Points::Journal, None);
         assert_eq!(torn.code, Some(0), "{}", torn.stderr);
         for (count, tear_down) in [(set.points.len(), false), (torn.points.len(), true)] {
-            for point in cases.scale.points(count, 4) {
+            for point in cases.scale.points(count, 3) {
                 let from = cases.cell.site.vm.mark();
                 let load = cases.cell.load();
                 if tear_down {
