@@ -152,7 +152,7 @@ fn borg(site: &Site, arguments: &[&str]) {
 
 #[test]
 fn stock_history_into_borg() {
-    history(Kind::Stock, 10);
+    history(Kind::Stock, 4);
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod borg;
 mod by_hand;
 mod directory;
 mod guest_os;
+mod histories;
 mod interrupted;
 mod limits;
 mod matrix;
