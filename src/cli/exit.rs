@@ -2,6 +2,7 @@
 
 use crate::{
     access::AccessError,
+    archive::ManifestError,
     backup::{Cancelled, FullNeeded, LeftBehind},
     by_hand::ByHandError,
     config::ConfigError,
@@ -73,6 +74,9 @@ fn code_of_one(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     }
     if error.is::<FullNeeded>() {
         return Some(FULL_NEEDED);
+    }
+    if error.is::<ManifestError>() {
+        return Some(MISMATCH);
     }
     if error.is::<ConfigError>() || error.is::<super::Usage>() {
         return Some(USAGE);

@@ -15,3 +15,4 @@ mod mounted;
 mod refused;
 #[path = "../rig/mod.rs"]
 mod rig;
+mod unprivileged;

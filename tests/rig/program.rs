@@ -66,7 +66,9 @@ impl Program {
 
     /// A call of the program, not started yet.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_pvebackup"));
+        // A copy, for users who may not look into the build's directory.
+        let program = std::env::var_os("PVEBACKUP_TEST_PROGRAM").unwrap_or(env!("CARGO_BIN_EXE_pvebackup").into());
+        let mut command = Command::new(program);
         command
             .args(arguments)
             .env("PVEBACKUP_CONFIG_DIR", self.dir().join("etc"))

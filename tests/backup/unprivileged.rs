@@ -1,0 +1,49 @@
+//! What works without root: everything on a QEMU of the same user.
+
+use std::{
+    env, fs,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+/// Runs a test of this binary as the user `nobody`, with a copy of the program.
+fn as_nobody(test: &str) {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: the tests run without root anyhow");
+        return;
+    }
+    // Where the build puts its files nobody else may look.
+    let dir = tempfile::Builder::new().prefix("pvb").tempdir().unwrap();
+    let tmp = dir.path().join("tmp");
+    fs::create_dir(&tmp).unwrap();
+    for (path, mode) in [(dir.path(), 0o755), (&tmp, 0o1777)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let copy = |from: &Path, name: &str| {
+        let to = dir.path().join(name);
+        fs::copy(from, &to).unwrap();
+        fs::set_permissions(&to, fs::Permissions::from_mode(0o755)).unwrap();
+        to
+    };
+    let tests = copy(&env::current_exe().unwrap(), "tests");
+    let program = copy(Path::new(env!("CARGO_BIN_EXE_pvebackup")), "pvebackup");
+    let output = Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"])
+        .arg(tests)
+        .args(["--exact", test, "--nocapture"])
+        .env("PVEBACKUP_TEST_PROGRAM", program)
+        .env("TMPDIR", &tmp)
+        .env("HOME", &tmp)
+        .current_dir(&tmp)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed") && !text.contains("skipped:"), "{text}");
+}
+
+#[test]
+fn a_user_backs_up_and_restores_his_own_machine() {
+    as_nobody("matrix::stock_ide_raw_and_sata_qcow2");
+}
