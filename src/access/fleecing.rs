@@ -94,12 +94,54 @@ impl Room {
     }
 }
 
+/// How a fleecing image was when QEMU opened it. Old blocks that were in it would read as zeroes once somebody has cut it, and
+/// QEMU would not notice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Witness {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+    length: u64,
+}
+
+impl Witness {
+    /// Of the file at `path`; `None` for what is no file, which cannot be cut.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    pub fn of(path: &Path) -> io::Result<Option<Self>> {
+        let now = fs::metadata(path)?;
+        let witness = Self { path: path.to_owned(), device: now.dev(), inode: now.ino(), length: now.len() };
+        Ok(now.is_file().then_some(witness))
+    }
+
+    /// What became of the image, when it is not the one that it was: for people.
+    pub fn harm(&self) -> Option<String> {
+        let image = self.path.display();
+        match fs::metadata(&self.path) {
+            Err(error) => Some(format!("fleecing image {image} is gone ({error})")),
+            Ok(now) if (now.dev(), now.ino()) != (self.device, self.inode) => {
+                Some(format!("fleecing image {image} was replaced"))
+            }
+            Ok(now) if now.len() < self.length => {
+                Some(format!("fleecing image {image} was cut from {} to {} bytes", self.length, now.len()))
+            }
+            Ok(_) => None,
+        }
+    }
+}
+
+/// Bytes behind the disk's end in a raw image. Nobody writes there, so an image that was cut stays shorter than it was, however
+/// much QEMU puts into it afterwards.
+const TAIL: u64 = 4096;
+
 /// The fleecing images of a run.
 #[derive(Debug)]
 pub struct FleecingImages {
     directory: PathBuf,
     format: FleecingFormat,
     paths: Vec<PathBuf>,
+    witnesses: Vec<Option<Witness>>,
 }
 
 impl FleecingImages {
@@ -121,7 +163,7 @@ impl FleecingImages {
         if directory.to_str().is_none() {
             return Err(fleecing(io::Error::new(io::ErrorKind::InvalidInput, "the path is not UTF-8")));
         }
-        Ok(Self { directory, format, paths: Vec::new() })
+        Ok(Self { directory, format, paths: Vec::new(), witnesses: Vec::new() })
     }
 
     /// Whether `images` images have room. Returns a warning when there is little.
@@ -151,7 +193,7 @@ impl FleecingImages {
         self.directory.join(format!("{name}.{extension}"))
     }
 
-    /// Makes an image of exactly `size` bytes for `disk`. Never opens a file that is there already.
+    /// Makes an image for `size` bytes of `disk`. Never opens a file that is there already.
     ///
     /// # Errors
     /// [`AccessError::Fleecing`]; a file that was begun is removed again.
@@ -173,7 +215,7 @@ impl FleecingImages {
         let target = path.to_owned();
         let made = move || -> io::Result<fs::File> {
             let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&target)?;
-            let sized = if format == FleecingFormat::Raw { file.set_len(size) } else { Ok(()) };
+            let sized = if format == FleecingFormat::Raw { file.set_len(size.saturating_add(TAIL)) } else { Ok(()) };
             match sized.and_then(|()| Owner::adopt(owner, &file)) {
                 Ok(()) => Ok(file),
                 Err(error) => {
@@ -190,11 +232,17 @@ impl FleecingImages {
             let _ = fs::remove_file(path);
             return Err(fleecing(error));
         }
+        self.witnesses.push(Witness::of(path).map_err(fleecing)?);
         Ok(())
     }
 
-    /// The node that writes to an image.
-    pub fn node(&self, name: &str, path: &Path) -> BlockdevAdd {
+    /// The images as they were made, in that order.
+    pub fn witnesses(&self) -> &[Option<Witness>] {
+        &self.witnesses
+    }
+
+    /// The node of exactly `size` bytes that writes to an image.
+    pub fn node(&self, name: &str, path: &Path, size: u64) -> BlockdevAdd {
         let file = BlockdevAdd {
             node_name: None,
             discard: None,
@@ -204,7 +252,7 @@ impl FleecingImages {
         };
         let file = NodeRef::Inline(Box::new(file));
         let driver = match self.format {
-            FleecingFormat::Raw => Driver::Raw { file, size: None },
+            FleecingFormat::Raw => Driver::Raw { file, size: Some(size) },
             FleecingFormat::Qcow2 => Driver::Qcow2 { file },
         };
         let mut node = BlockdevAdd::new(name, driver).unmap();
@@ -260,7 +308,7 @@ mod tests {
         let path = images.path("pvb-x-fl0");
         images.create(&path, "scsi0", 64 << 20, None).await.unwrap();
         let meta = fs::metadata(&path).unwrap();
-        assert_eq!((meta.len(), meta.blocks(), meta.permissions().mode() & 0o777), (64 << 20, 0, 0o600));
+        assert_eq!((meta.len(), meta.blocks(), meta.permissions().mode() & 0o777), ((64 << 20) + TAIL, 0, 0o600));
         assert_eq!(images.bytes(), 0);
         fs::write(&path, vec![1; 8192]).unwrap();
         assert_eq!(images.bytes(), 8192);
@@ -274,6 +322,28 @@ mod tests {
         remove(&path).await.unwrap();
         remove(&path).await.unwrap();
         assert_eq!(images.bytes(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_image_that_was_cut_or_replaced_shows_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut images = FleecingImages::new(dir.path(), FleecingFormat::Raw).unwrap();
+        let path = images.path("x");
+        images.create(&path, "d", 8192, None).await.unwrap();
+        let witness = images.witnesses()[0].clone().unwrap();
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        let write = |offset| std::os::unix::fs::FileExt::write_all_at(&file, &[1; 4096], offset).unwrap();
+        write(4096);
+        assert_eq!(witness.harm(), None);
+        // Filling it to the disk's end does not hide it.
+        file.set_len(0).unwrap();
+        write(4096);
+        assert!(witness.harm().unwrap().contains("was cut from 12288 to 8192 bytes"));
+        fs::rename(&path, dir.path().join("aside")).unwrap();
+        assert!(witness.harm().unwrap().contains("is gone"));
+        fs::write(&path, [0; 12288]).unwrap();
+        assert!(witness.harm().unwrap().contains("was replaced"));
+        assert_eq!(Witness::of(Path::new("/dev/null")).unwrap(), None);
     }
 
     #[tokio::test]

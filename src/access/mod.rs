@@ -213,6 +213,9 @@ pub trait SnapshotAccess: Send {
     /// Bytes that the fleecing images hold now.
     fn fleecing_bytes(&self) -> u64;
 
+    /// The fleecing images as they were made, in the order of the plan; `None` for what is no file.
+    fn fleecing_witnesses(&self) -> Vec<Option<fleecing::Witness>>;
+
     /// What the user should know although it stopped nothing. Each warning is handed out once.
     fn take_warnings(&mut self) -> Vec<String> {
         Vec::new()

@@ -38,6 +38,15 @@ impl ArchiveName {
         Self { guest: guest.to_owned(), time }
     }
 
+    /// Name of a backup of `guest` started at `start`, later than all the guest's names among `others`. The newest archive has to
+    /// be the last one also after the host's clock was set back: `latest`, and what is kept, go by the names. `None` at the end
+    /// of time.
+    pub fn after<'a>(guest: &str, start: Timestamp, others: impl IntoIterator<Item = &'a Self>) -> Option<Self> {
+        let newest = others.into_iter().filter(|other| other.guest == guest).map(|other| other.time.as_second()).max();
+        let second = start.as_second().max(newest.map_or(i64::MIN, |newest| newest.saturating_add(1)));
+        Some(Self::new(guest, Timestamp::from_second(second).ok()?))
+    }
+
     /// The guest's id: a VMID or a configured name.
     pub fn guest(&self) -> &str {
         &self.guest
@@ -135,6 +144,20 @@ mod tests {
         let name = ArchiveName::new("web-01", "2026-01-31T02:00:07.5Z".parse().expect("time"));
         assert_eq!(name.to_string(), "pve-qemu-web-01-2026-01-31T02:00:07Z");
         assert_eq!(name.to_string().parse(), Ok(name));
+    }
+
+    #[test]
+    fn a_new_archive_is_the_newest_also_when_the_clock_went_back() {
+        let time = |text: &str| text.parse().expect("time");
+        let taken = [
+            ArchiveName::new("web", time("2026-01-31T02:00:07Z")),
+            ArchiveName::new("db", time("2036-01-01T00:00:00Z")),
+        ];
+        let after = |start: &str| ArchiveName::after("web", time(start), &taken).map(|name| name.time());
+        assert_eq!(after("2026-02-01T02:00:00Z"), Some(time("2026-02-01T02:00:00Z")));
+        assert_eq!(after("2026-01-31T02:00:07.4Z"), Some(time("2026-01-31T02:00:08Z")));
+        assert_eq!(after("2001-01-01T00:00:00Z"), Some(time("2026-01-31T02:00:08Z")));
+        assert_eq!(ArchiveName::after("web", Timestamp::MIN, &[ArchiveName::new("web", Timestamp::MAX)]), None);
     }
 
     #[test]

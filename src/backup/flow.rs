@@ -20,6 +20,9 @@ use anyhow::{Context, Error, Result, anyhow, bail};
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
+/// Seconds by which an archive's name may be ahead of the clock because others took the ones before.
+const CLOCK_TOLERANCE: i64 = 60;
+
 /// One backup under the guest's lock, which is the journal's.
 pub(super) async fn run(
     guest: &Guest,
@@ -119,6 +122,14 @@ impl Flow<'_> {
         Ended::Failed
     }
 
+    /// Something stays: that is what has to be seen to first, whatever the run failed with.
+    fn left_behind(&mut self, left: LeftBehind) {
+        self.error = Some(match self.error.take() {
+            Some(error) => error.context(left),
+            None => anyhow!(left),
+        });
+    }
+
     async fn recover(&mut self) -> Result<Ended> {
         let generations = self.options.dirs.generations();
         recover_leftover(&self.journal, &self.qmp, &generations, &self.guest.id, self.events).await?;
@@ -167,6 +178,13 @@ impl Flow<'_> {
         let start = Timestamp::now();
         let id = self.guest.id.to_string();
         let name = self.provider.run(move |p| p.backup_init(&id, start)).await?;
+        if name.time().as_second() > start.as_second().saturating_add(CLOCK_TOLERANCE) {
+            self.events.warn(format!(
+                "the newest archive of this guest is from later than now ({}), so this one is named {name}: check the host's \
+                 clock",
+                start.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            ));
+        }
 
         let run_dir = self.options.dirs.run.join(self.guest.id.as_str());
         let plan = plan::access_plan(&self.guest, self.options, &ground.disks, &ground.baselines, run_dir);
@@ -208,9 +226,15 @@ impl Flow<'_> {
             }
             Err(error) => {
                 // An access that left nothing leaves an empty journal too.
-                let settled = |step: &Step| matches!(step, Step::Begin { .. });
-                self.failed(error.into());
-                Ok(if self.journal.leftover().iter().all(settled) { Ended::Failed } else { Ended::Left })
+                let left = self.journal.leftover();
+                let what: Vec<String> =
+                    left.iter().filter(|step| !matches!(step, Step::Begin { .. })).map(Step::label).collect();
+                if what.is_empty() {
+                    self.failed(error.into());
+                    return Ok(Ended::Failed);
+                }
+                self.failed(anyhow!(error).context(LeftBehind { what, archive: None }));
+                Ok(Ended::Left)
             }
         }
     }
@@ -299,7 +323,7 @@ impl Flow<'_> {
                 if report.left_behind.is_empty() {
                     return Ok(Ended::Done);
                 }
-                self.failed(anyhow!(LeftBehind { what: report.left_behind, archive }));
+                self.left_behind(LeftBehind { what: report.left_behind, archive });
                 Ok(Ended::Left)
             }
             Err(error) if how == Teardown::Success => {
@@ -314,13 +338,16 @@ impl Flow<'_> {
 
     async fn undo_again(&mut self) -> Result<Ended> {
         match access::recover(&self.journal, &self.qmp, None).await {
-            Ok(report) => Ok(if report.left_behind.is_empty() { Ended::Done } else { Ended::Left }),
+            Ok(report) if report.left_behind.is_empty() => Ok(Ended::Done),
+            Ok(report) => {
+                self.left_behind(LeftBehind { what: report.left_behind, archive: None });
+                Ok(Ended::Left)
+            }
             Err(again) => {
                 if let Some(undo) = self.undoing.take() {
                     self.events.warn(format!("undoing fails, too: {undo:#}; and recovery: {again:#}"));
                 }
-                let left = LeftBehind { what: vec!["the snapshot access".into()], archive: None };
-                self.error = self.error.take().map(|error| error.context(left));
+                self.left_behind(LeftBehind { what: vec!["the snapshot access".into()], archive: None });
                 Ok(Ended::Failed)
             }
         }

@@ -180,6 +180,7 @@ impl Transfer<'_> {
         };
         let mut order: Vec<usize> = (0..disks.len()).collect();
         order.sort_by(|a, b| disks[*a].name.cmp(&disks[*b].name));
+        let fleecing = access.fleecing_witnesses();
         let mut inputs = Vec::new();
         for index in &order {
             let (run, access) = (&runs[*index], &active.disks[*index]);
@@ -190,6 +191,7 @@ impl Transfer<'_> {
                 tell_zeroes: run.base.is_some(),
                 discard_clean: access.clean_readable && run.base.is_some(),
                 clients: run.clients.clone(),
+                fleecing: fleecing.get(*index).cloned().flatten(),
                 counters: run.counters.clone(),
             };
             let expected = tasks(&run.map.content, run.segment_len).filter(|task| !task.zero || source.tell_zeroes);

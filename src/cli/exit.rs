@@ -60,9 +60,14 @@ Exit codes:
   11 locked or busy            26 state left behind (run `pvebackup recover`)
   12 credentials               130/143 signal, after clean teardown";
 
-/// The exit code of a failure: that of the first error in its chain that has one.
+/// The exit code of a failure: that of the first error in its chain that has one, and of a file system without room otherwise.
 pub fn code_of(error: &anyhow::Error) -> u8 {
-    error.chain().find_map(code_of_one).unwrap_or(FAILED)
+    error.chain().find_map(code_of_one).or_else(|| error.chain().find_map(no_space)).unwrap_or(FAILED)
+}
+
+fn no_space(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
+    let kind = error.downcast_ref::<std::io::Error>()?.kind();
+    matches!(kind, std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded).then_some(NO_SPACE)
 }
 
 fn code_of_one(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
@@ -148,8 +153,7 @@ fn code_of_one(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     }
     match error.downcast_ref::<JournalError>() {
         Some(JournalError::Busy { .. }) => return Some(BUSY),
-        Some(JournalError::Io { .. }) => return Some(FAILED),
-        None => {}
+        Some(JournalError::Io { .. }) | None => {}
     }
     match error.downcast_ref::<QmpError>() {
         Some(QmpError::Busy { .. }) => Some(BUSY),

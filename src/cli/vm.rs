@@ -105,7 +105,7 @@ pub(super) async fn run(args: VmArgs, context: Context) -> Result<u8> {
                 if count > 1 && context.json {
                     say(&format!("vm {}: {}", guest.id, super::render(&error)));
                 }
-                last = Some(error);
+                last = Some(error.context(format!("the backup of guest `{}` failed", guest.id)));
             }
         }
         if context.stop.token().is_cancelled() {

@@ -73,6 +73,14 @@ pub enum CopyError {
         /// QEMU's answer.
         source: crate::nbd::NbdError,
     },
+    /// Somebody was at the fleecing image, so that what was read may be wrong.
+    #[error("what was read of disk `{disk}` cannot be trusted: its {harm}, by another program, during the backup")]
+    Fleecing {
+        /// The disk.
+        disk: String,
+        /// The image, and what became of it.
+        harm: String,
+    },
     /// The export is not the disk that was set up.
     #[error("the export of disk `{disk}` has {found} bytes, the disk {expected}")]
     Size {

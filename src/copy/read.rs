@@ -5,6 +5,7 @@ use super::{
     discard::{Discard, Ranges, Stored},
 };
 use crate::{
+    access::fleecing::Witness,
     extent::Extents,
     nbd::Client,
     provider::SourceError,
@@ -105,6 +106,8 @@ pub struct Source {
     pub discard_clean: bool,
     /// Connections to the export.
     pub clients: Vec<Client>,
+    /// The fleecing image, which has to be unharmed when everything is read.
+    pub fleecing: Option<Witness>,
     /// Where the counts go.
     pub counters: Arc<Counters>,
 }
@@ -289,7 +292,7 @@ async fn pump(
                     let Some(share) = settings.budget.take(batch.len).await else { return Ok(()) };
                     break share;
                 }
-                if hand_over(&mut flight, sender).await? == Provider::Gone {
+                if hand_over(source, &mut flight, sender).await? == Provider::Gone {
                     return Ok(());
                 }
             };
@@ -306,14 +309,14 @@ async fn pump(
             flight.push_back(AbortOnDropHandle::new(tokio::spawn(read)));
         }
         while flight.len() >= settings.in_flight {
-            if hand_over(&mut flight, sender).await? == Provider::Gone {
+            if hand_over(source, &mut flight, sender).await? == Provider::Gone {
                 return Ok(());
             }
         }
         progress.tell();
     }
     while !flight.is_empty() {
-        if hand_over(&mut flight, sender).await? == Provider::Gone {
+        if hand_over(source, &mut flight, sender).await? == Provider::Gone {
             return Ok(());
         }
         progress.tell();
@@ -340,8 +343,9 @@ impl Progress<'_> {
     }
 }
 
-/// Hands the oldest read over.
+/// Hands the oldest read over; the last one only if the fleecing image is unharmed.
 async fn hand_over(
+    source: &Source,
     flight: &mut Flight,
     sender: &mpsc::Sender<Result<Segment, SourceError>>,
 ) -> Result<Provider, CopyError> {
@@ -351,6 +355,11 @@ async fn hand_over(
         // The runtime is shutting down.
         Err(_) => return Ok(Provider::Gone),
     };
+    if flight.is_empty()
+        && let Some(harm) = source.fleecing.as_ref().and_then(Witness::harm)
+    {
+        return Err(CopyError::Fleecing { disk: source.disk.clone(), harm });
+    }
     for segment in segments {
         if sender.send(Ok(segment)).await.is_err() {
             return Ok(Provider::Gone);

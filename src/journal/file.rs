@@ -122,7 +122,11 @@ impl Journal {
         let write = |inner: &mut Inner| -> io::Result<()> {
             let mut line = serde_json::to_vec(step)?;
             line.push(b'\n');
-            inner.file.write_all(&line)?;
+            let end = inner.file.metadata()?.len();
+            inner.file.write_all(&line).inspect_err(|_| {
+                // A part of a line would spoil the next one. Where this fails too, what follows is spoilt, and no step follows.
+                let _ = inner.file.set_len(end);
+            })?;
             inner.file.sync_data()
         };
         write(&mut inner).map_err(|source| JournalError::Io { path: inner.path.clone(), doing: "written", source })?;

@@ -6,7 +6,7 @@
 use crate::{
     access::{
         AccessError, AccessPlan, DiskPlan, Fleecing,
-        fleecing::{FleecingImages, Floor, Owner},
+        fleecing::{FleecingImages, Floor, Owner, Witness},
         fleecing_volume::{Storage, StorageStatus, is_block_device},
     },
     guest::{Disk, DiskKind},
@@ -29,7 +29,7 @@ pub enum Place {
     /// A directory.
     Directory(FleecingImages),
     /// A storage of Proxmox VE, and the volumes made so far.
-    Storage(Storage, StorageStatus, Vec<PathBuf>),
+    Storage(Storage, StorageStatus, Vec<PathBuf>, Vec<Option<Witness>>),
 }
 
 impl Place {
@@ -55,7 +55,7 @@ impl Place {
                 if available < floor.warn {
                     events.warn(format!("only {} MiB are free for fleecing images in storage {name}", available >> 20));
                 }
-                Ok(Self::Storage(storage, status, Vec::new()))
+                Ok(Self::Storage(storage, status, Vec::new(), Vec::new()))
             }
         }
     }
@@ -64,12 +64,20 @@ impl Place {
     pub fn bytes(&self) -> u64 {
         match self {
             Self::Directory(images) => images.bytes(),
-            Self::Storage(_, _, paths) => paths
+            Self::Storage(_, _, paths, _) => paths
                 .iter()
                 .filter_map(|path| fs::metadata(path).ok())
                 .filter(fs::Metadata::is_file)
                 .map(|meta| meta.blocks().saturating_mul(512))
                 .sum(),
+        }
+    }
+
+    /// The images as they were made, in that order.
+    pub fn witnesses(&self) -> &[Option<Witness>] {
+        match self {
+            Self::Directory(images) => images.witnesses(),
+            Self::Storage(_, _, _, witnesses) => witnesses,
         }
     }
 
@@ -89,15 +97,21 @@ impl Place {
                 let path = images.path(&format!("pvebackup-{}-{}-{}", plan.guest.id, plan.generation, disk.device));
                 journal.record(&Step::FleecingFile { path: path.clone() })?;
                 images.create(&path, &disk.name, size, owner).await?;
-                Ok(images.node(&node, &path))
+                Ok(images.node(&node, &path, size))
             }
-            Self::Storage(storage, status, paths) => {
+            Self::Storage(storage, status, paths, witnesses) => {
                 let label = format!("fleece-{}-{number}", plan.generation);
                 let (volume, name) = storage.volume(status, plan.guest.id.as_str(), &label);
                 journal.record(&Step::FleecingVolume { volume: volume.clone(), pvesm: plan.pvesm.clone() })?;
                 storage.alloc(plan.guest.id.as_str(), &name, &volume, size).await?;
                 let path = storage.path(&volume).await?;
                 paths.push(path.clone());
+                witnesses.push(Witness::of(&path).map_err(|source| AccessError::Fleecing {
+                    image: volume.clone(),
+                    disk: Some(disk.name.clone()),
+                    doing: "found",
+                    source,
+                })?);
                 let file = NodeRef::Inline(Box::new(BlockdevAdd {
                     node_name: None,
                     discard: Some(Discard::Unmap),

@@ -15,7 +15,8 @@ pub(super) use undo::undo_in_qemu;
 pub use undo::{Undone, undo};
 
 use super::{
-    AccessError, AccessPlan, AccessReport, ActiveAccess, ExportMode, SnapshotAccess, Teardown, fleecing::Owner,
+    AccessError, AccessPlan, AccessReport, ActiveAccess, ExportMode, SnapshotAccess, Teardown,
+    fleecing::{Owner, Witness},
     graph::Graph,
 };
 use crate::{
@@ -213,7 +214,11 @@ impl ProxmoxAccess {
             writable: self.plan.exports == ExportMode::Trim,
             bitmaps: bitmap,
         };
-        session.execute(&export).await.map(drop).map_err(AccessError::qmp("cannot export", Some(&disk.name)))
+        session
+            .execute(&export)
+            .await
+            .map(drop)
+            .map_err(AccessError::qmp("cannot export the snapshot", Some(&disk.name)))
     }
 
     async fn undo(&mut self, how: Teardown) -> Result<(), AccessError> {
@@ -257,6 +262,10 @@ impl SnapshotAccess for ProxmoxAccess {
         let bytes = self.place.as_ref().map_or(0, Place::bytes);
         self.peak.fetch_max(bytes, Ordering::Relaxed);
         bytes
+    }
+
+    fn fleecing_witnesses(&self) -> Vec<Option<Witness>> {
+        self.place.as_ref().map_or_else(Vec::new, |place| place.witnesses().to_vec())
     }
 
     async fn tear_down(&mut self, how: Teardown) -> Result<AccessReport, AccessError> {

@@ -289,6 +289,19 @@ async fn nothing_is_torn_down_after_a_disk_was_unplugged() {
 }
 
 #[tokio::test]
+async fn nothing_is_torn_down_after_a_bitmap_of_the_access_was_removed() {
+    let rig = Rig::new(&[("scsi0", 8 * MIB)], &BitmapMode::New);
+    let mut access = rig.access();
+    access.check().await.unwrap();
+    access.set_up().await.unwrap();
+    rig.peer.state().nodes.get_mut("f-scsi0").unwrap().bitmaps.retain(|bitmap| bitmap.name == BACKGROUND);
+    let report = access.tear_down(Teardown::Success).await.unwrap();
+    assert!(report.left_behind.iter().any(|left| left.contains("somebody removed bitmap")), "{report:?}");
+    assert!(rig.peer.sent("backup-access-teardown").is_empty());
+    assert_eq!(rig.peer.state().fatal, None);
+}
+
+#[tokio::test]
 async fn what_ends_the_qemu_process_is_never_asked_for() {
     let refuse = async |change: fn(&mut Rig)| {
         let mut rig = Rig::new(&[("scsi0", 8 * MIB), ("scsi1", 8 * MIB)], &BitmapMode::New);

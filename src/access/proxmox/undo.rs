@@ -3,8 +3,14 @@
 //! A teardown while one of its bitmaps is exported ends the QEMU process; so exports go first, and nothing is torn down
 //! before QEMU says that they are gone.
 
+use super::BACKGROUND_BITMAP;
 use crate::{
-    access::{AccessError, Teardown, fleecing, fleecing_volume::Storage, graph::Graph},
+    access::{
+        AccessError, Teardown, fleecing,
+        fleecing_volume::Storage,
+        graph::Graph,
+        recover::{ATTEMPTS, PAUSE},
+    },
     guest::GuestId,
     journal::{Journal, Step},
     qmp::{
@@ -32,6 +38,14 @@ pub struct Undone {
     pub warnings: Vec<String>,
 }
 
+/// Notes that a step was undone. A journal that cannot be written is no reason to leave the guest as it is: what is undone
+/// without a note is found gone the next time.
+fn note(journal: &Journal, step: &Step) {
+    if let Err(error) = journal.undone(step) {
+        tracing::warn!(%error, "what was undone is not noted");
+    }
+}
+
 /// Undoes the steps of a Proxmox access that are open in the journal; other steps are left alone. Idempotent. A guest that
 /// is still paused or frozen has to be released before.
 ///
@@ -44,26 +58,29 @@ pub async fn undo(qmp: &Qmp, journal: &Journal, guest: &GuestId, how: Teardown) 
         matches!(step, Step::Export { .. } | Step::NbdServer { .. } | Step::Access { .. } | Step::Node { .. })
     };
     if steps.iter().any(in_qemu) {
-        let ended = match qmp.session().await {
-            Ok(mut session) => match undo_in_qemu(&mut session, journal, how, &mut undone).await {
-                // When QEMU itself went meanwhile, nothing of it is left; else the connection did, and the error counts.
-                Err(AccessError::Qmp { source: source @ QmpError::Closed { .. }, step, disk }) => {
-                    drop(session);
-                    sleep(POLL).await;
-                    match qmp.session().await {
-                        Err(error) if nobody_listens(&error) => true,
-                        _ => return Err(AccessError::Qmp { source, step, disk }),
-                    }
-                }
-                other => other.map(|()| false)?,
-            },
-            Err(error) if nobody_listens(&error) => true,
-            Err(error) => return Err(AccessError::qmp("cannot undo the snapshot access", None)(error)),
+        let mut attempt = 1;
+        let ended = loop {
+            let error = match qmp.session().await {
+                Ok(mut session) => match undo_in_qemu(&mut session, journal, how, &mut undone).await {
+                    Ok(()) => break false,
+                    Err(error) => error,
+                },
+                Err(error) if nobody_listens(&error) => break true,
+                Err(error) => AccessError::qmp("cannot undo the snapshot access", None)(error),
+            };
+            // QEMU may be about to end; else only the connection did, and every step can be taken once more.
+            let hung_up = matches!(&error, AccessError::Qmp { source, .. } if source.outcome_unknown());
+            if !hung_up || attempt == ATTEMPTS {
+                return Err(error);
+            }
+            attempt += 1;
+            undone.left_behind.clear();
+            sleep(PAUSE).await;
         };
         if ended {
             undone.warnings.push("QEMU has ended, and the snapshot access with it".into());
             for step in journal.leftover().iter().filter(|step| in_qemu(step)) {
-                journal.undone(step)?;
+                note(journal, step);
             }
         }
     }
@@ -94,8 +111,8 @@ pub(in crate::access) async fn undo_in_qemu(
     for step in steps.iter().rev() {
         let Step::Node { name } = step else { continue };
         match session.execute(&BlockdevDel { node_name: name.clone() }).await {
-            Ok(_) => journal.undone(step)?,
-            Err(QmpError::Refused { desc, .. }) if desc.contains("Failed to find node") => journal.undone(step)?,
+            Ok(_) => note(journal, step),
+            Err(QmpError::Refused { desc, .. }) if desc.contains("Failed to find node") => note(journal, step),
             Err(QmpError::Refused { desc, .. }) => undone.left_behind.push(format!("node `{name}`: {desc}")),
             Err(error) => return Err(AccessError::qmp("cannot remove a node", None)(error)),
         }
@@ -126,7 +143,7 @@ async fn remove_exports(session: &mut Session, journal: &Journal, steps: &[Step]
         sleep(POLL).await;
     }
     for step in steps.iter().filter(|step| matches!(step, Step::Export { .. })) {
-        journal.undone(step)?;
+        note(journal, step);
     }
     Ok(())
 }
@@ -160,7 +177,7 @@ async fn stop_server(
                 Err(error) => return Err(AccessError::qmp("cannot stop the NBD server", None)(error)),
             }
         }
-        journal.undone(step)?;
+        note(journal, step);
     }
     Ok(())
 }
@@ -187,7 +204,7 @@ async fn tear_down(
         match obstacle(session, target_id, &fleecing).await? {
             Obstacle::None => {}
             Obstacle::InUse(what) => return Err(AccessError::Stuck { what, waited: Duration::ZERO }),
-            Obstacle::Unplugged(what) => {
+            Obstacle::Stays(what) => {
                 undone.left_behind.push(what);
                 continue;
             }
@@ -203,7 +220,7 @@ async fn tear_down(
             }
             Err(error) => return Err(AccessError::qmp("cannot tear the snapshot access down", None)(error)),
         }
-        journal.undone(step)?;
+        note(journal, step);
     }
     Ok(())
 }
@@ -213,7 +230,7 @@ enum Obstacle {
     /// May go away.
     InUse(String),
     /// Stays until QEMU ends.
-    Unplugged(String),
+    Stays(String),
 }
 
 /// What would make a teardown end the QEMU process.
@@ -238,9 +255,16 @@ async fn obstacle(session: &mut Session, target: &str, fleecing: &[&str]) -> Res
         let snapshot = |name: &str| graph.node(name).is_some_and(|n| n.drv == "snapshot-access");
         if ours && !tpm && graph.users(filter).iter().all(|user| user.kind == "block-driver" && snapshot(user.name)) {
             let disk = graph.child(filter, "target").unwrap_or(filter);
-            return Ok(Obstacle::Unplugged(format!(
+            return Ok(Obstacle::Stays(format!(
                 "the snapshot access: the disk of `{disk}` was unplugged, and tearing down now would end the QEMU process; it \
                  goes when the VM is stopped"
+            )));
+        }
+        let carrier = graph.child(filter, "file").filter(|file| graph.bitmap(file, BACKGROUND_BITMAP).is_some());
+        if let Some(carrier) = carrier.filter(|node| ours && graph.bitmap(node, target).is_none()) {
+            return Ok(Obstacle::Stays(format!(
+                "the snapshot access: somebody removed bitmap `{target}` of node `{carrier}`, and tearing down now would end the \
+                 QEMU process; it goes when the VM is stopped"
             )));
         }
     }
@@ -258,7 +282,7 @@ async fn remove_images(journal: &Journal, guest: &GuestId, undone: &mut Undone) 
             _ => continue,
         };
         match removed {
-            Ok(()) => journal.undone(&step)?,
+            Ok(()) => note(journal, &step),
             Err(why) => undone.left_behind.push(format!("fleecing image {why}")),
         }
     }

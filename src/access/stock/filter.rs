@@ -123,7 +123,7 @@ impl StockAccess {
                     value: subject.filter.as_str().into(),
                 })
                 .await
-                .map_err(AccessError::qmp("cannot put the filter above the disk", Some(&subject.disk.name)))?;
+                .map_err(AccessError::qmp("cannot insert the filter", Some(&subject.disk.name)))?;
             self.point()?;
         }
         Ok(())

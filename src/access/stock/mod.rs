@@ -16,7 +16,7 @@ mod transaction;
 use super::{
     AccessError, AccessPlan, AccessReport, ActiveAccess, BitmapAction, DiskAccess, ExportMode, SnapshotAccess,
     Teardown,
-    fleecing::{FleecingImages, Floor, Owner},
+    fleecing::{FleecingImages, Floor, Owner, Witness},
     freeze::{FreezeOutcome, Freezer},
     graph::Graph,
     recover::undo,
@@ -306,7 +306,7 @@ impl StockAccess {
         images.create(&path, name, subject.disk.size, owner).await?;
         self.record(&Step::Node { name: subject.fleecing.clone() })?;
         session
-            .execute(&images.node(&subject.fleecing, &path))
+            .execute(&images.node(&subject.fleecing, &path, subject.disk.size))
             .await
             .map_err(AccessError::qmp("cannot add the fleecing image", Some(name)))?;
         self.point()
@@ -460,7 +460,7 @@ async fn flush(session: &mut Session, subjects: &[Subject]) -> Result<(), Access
         let flush = HumanMonitorCommand { command_line: format!("qemu-io -d {} flush", subject.disk.qdev) };
         match session.execute(&flush).await {
             Ok(_) | Err(QmpError::Refused { .. }) => {}
-            Err(error) => return Err(AccessError::qmp("cannot flush", Some(&subject.disk.name))(error)),
+            Err(error) => return Err(AccessError::qmp("cannot flush the writes", Some(&subject.disk.name))(error)),
         }
     }
     Ok(())
@@ -496,6 +496,10 @@ impl SnapshotAccess for StockAccess {
         let now = self.images.as_ref().map_or(0, FleecingImages::bytes);
         self.peak.fetch_max(now, Ordering::Relaxed);
         now
+    }
+
+    fn fleecing_witnesses(&self) -> Vec<Option<Witness>> {
+        self.images.as_ref().map_or_else(Vec::new, |images| images.witnesses().to_vec())
     }
 
     fn take_warnings(&mut self) -> Vec<String> {

@@ -292,13 +292,9 @@ impl Provider for BorgProvider {
                 self.delete(&archive.name)?;
             }
         }
-        let mut name = ArchiveName::new(guest, start);
-        while listing.archives.iter().any(|archive| archive.name == name.to_string()) {
-            let next = Timestamp::from_second(name.time().as_second() + 1)
-                .map_err(|e| ProviderError::caused_by(ErrorKind::Other, "no time is left for an archive's name", e))?;
-            name = ArchiveName::new(guest, next);
-        }
-        Ok(name)
+        let taken: Vec<ArchiveName> = listing.archives.iter().filter_map(|a| a.name.parse().ok()).collect();
+        ArchiveName::after(guest, start, &taken)
+            .ok_or_else(|| ProviderError::new(ErrorKind::Other, "no time is left for an archive's name"))
     }
 
     fn mountpoint(&self, guest: &str) -> Option<PathBuf> {

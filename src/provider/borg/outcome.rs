@@ -81,6 +81,20 @@ impl Message {
         serde_json::from_str(line).unwrap_or_else(|_| Self { text: line.to_owned(), ..Self::default() })
     }
 
+    /// The line that tells most: of a Python traceback the exception.
+    fn headline(&self) -> &str {
+        let mut lines = self.text.lines().map(str::trim).filter(|line| !line.is_empty());
+        let first = lines.next().unwrap_or_default();
+        if !first.starts_with("Traceback ") {
+            return first;
+        }
+        // Behind the exception borg tells what it runs on.
+        let exception = |line: &&str| {
+            line.split_once(": ").is_some_and(|(name, _)| name.ends_with("Error") || name.ends_with("Exception"))
+        };
+        lines.rfind(exception).unwrap_or(first)
+    }
+
     fn has_id(&self, id: &str) -> bool {
         self.id.as_deref() == Some(id)
     }
@@ -143,7 +157,7 @@ impl Finished {
         // SSH's own words come before borg's, who only knows that it was left alone.
         let remote = self.messages.iter().find(|m| m.text.starts_with("Remote: "));
         let mut text: Vec<&str> = Vec::new();
-        text.extend(remote.iter().chain(&said).map(|m| m.text.lines().next().unwrap_or_default().trim()));
+        text.extend(remote.iter().chain(&said).map(|m| m.headline()));
         if text.is_empty() {
             text.extend(self.messages.last().map(|m| m.text.trim()));
         }

@@ -316,7 +316,10 @@ impl Provider for DirectoryProvider {
         let dir = self.guest_dir(&guest)?;
         let lock = Self::lock(&dir)?;
 
-        let mut second = start.as_second();
+        let names = dir.names().map_err(cannot)?;
+        let archives: Vec<ArchiveName> = names.iter().filter_map(|name| Epoch::parse(name)?.name(&guest)).collect();
+        let mut second =
+            ArchiveName::after(guest.as_str(), start, &archives).map_or(i64::MAX, |n| n.time().as_second());
         let (name, epoch) = loop {
             let time = Timestamp::from_second(second)
                 .map_err(|e| ProviderError::caused_by(ErrorKind::Other, "no time is left for an archive's name", e))?;

@@ -274,14 +274,8 @@ impl Provider for ResticProvider {
     fn backup_init(&mut self, guest: &str, start: Timestamp) -> Result<ArchiveName, ProviderError> {
         self.added = None;
         let taken: Vec<ArchiveName> = self.archives()?.into_iter().map(|(name, _)| name).collect();
-        let mut name = ArchiveName::new(guest, start);
-        while taken.contains(&name) {
-            let next = name.time().as_second() + 1;
-            let time = Timestamp::from_second(next)
-                .map_err(|e| ProviderError::caused_by(ErrorKind::Other, "no time is left for an archive's name", e))?;
-            name = ArchiveName::new(guest, time);
-        }
-        Ok(name)
+        ArchiveName::after(guest, start, &taken)
+            .ok_or_else(|| ProviderError::new(ErrorKind::Other, "no time is left for an archive's name"))
     }
 
     fn query_incremental(&mut self, disks: &[DiskQuery]) -> Result<Vec<Incremental>, ProviderError> {

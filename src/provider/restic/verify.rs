@@ -84,7 +84,10 @@ impl<'a> Inventory<'a> {
         };
         let end = u64::from(entry.location.offset) + u64::from(entry.location.length);
         match self.packs.get(&entry.pack) {
-            None => missing(format!("pack {} with blob {id} does not exist", *entry.pack)),
+            None => missing(format!(
+                "pack {} with blob {id} does not exist; `restic repair index` (before 0.16: `rebuild-index`) makes the next backup store it again",
+                *entry.pack
+            )),
             Some(size) if u64::from(*size) < end => missing(format!("pack {} is truncated", *entry.pack)),
             Some(_) => Ok((entry.pack, u64::from(entry.data_length()))),
         }

@@ -386,6 +386,14 @@ impl State {
             self.fatal = Some("teardown after an unplug".into());
             return Outcome::Die;
         }
+        let lost = |node: &Node| {
+            let has = |name: &str| node.bitmaps.iter().any(|bitmap| bitmap.name == name);
+            has(BACKGROUND) && !has(target)
+        };
+        if self.active.is_some() && self.nodes.values().any(lost) {
+            self.fatal = Some("teardown after the bitmap was removed".into());
+            return Outcome::Die;
+        }
         // After a setup that failed late the list of devices is gone, and the filters stay.
         if self.active.take().is_some() && !self.late_failure {
             self.nodes.retain(|_, node| !matches!(node.drv.as_str(), "copy-before-write" | "snapshot-access"));
