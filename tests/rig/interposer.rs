@@ -14,7 +14,8 @@ use rustix::{
 };
 use serde_json::{Value, json};
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write},
     net::Shutdown,
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
@@ -34,18 +35,27 @@ pub struct SeenCommand {
     pub arguments: Value,
 }
 
+/// Stands for every command's name.
+pub const ANY: &str = "*";
+
 /// What goes wrong with a command.
 pub enum Fault {
     /// The connection closes; QEMU never sees the command.
     CloseBefore,
     /// QEMU carries the command out, and the connection closes in place of the answer.
     CloseAfter,
+    /// QEMU carries the command out, and these bytes come in place of the answer; the connection stays open.
+    Garbage(Vec<u8>),
     /// It takes this much longer.
     Stall(Duration),
     /// QEMU never sees it, and the client gets this answer.
     Refuse(QmpFailure),
     /// This is called before the command is passed on.
     Call(Box<dyn FnOnce() + Send>),
+    /// This is called, with the command's arguments, after QEMU has carried the command out and before the client knows.
+    Then(Box<dyn FnOnce(&Value) + Send>),
+    /// This changes the request on its way.
+    Rewrite(Box<dyn FnOnce(&mut Value) + Send>),
 }
 
 /// Somebody who answers some commands in QEMU's place.
@@ -112,9 +122,14 @@ impl Interposer {
         lock(&self.shared.seen).clone()
     }
 
-    /// The `nth` (from 1) command of this name from now on meets `fault`.
+    /// The `nth` (from 1) command of this name ([`ANY`]: of whatever name) from now on meets `fault`.
     pub fn fault(&self, command: &str, nth: usize, fault: Fault) {
         lock(&self.shared.faults).push((command.into(), nth, fault));
+    }
+
+    /// Takes back the faults that no command has met. How many.
+    pub fn no_more_faults(&self) -> usize {
+        lock(&self.shared.faults).drain(..).count()
     }
 
     /// Cuts the client off, if there is one.
@@ -207,7 +222,7 @@ impl Shared {
         let mut due = Vec::new();
         let mut later = Vec::new();
         for (name, nth, fault) in faults.drain(..) {
-            match (name == command, nth) {
+            match (name == command || name == ANY, nth) {
                 (true, 0 | 1) => due.push(fault),
                 (true, nth) => later.push((name, nth - 1, fault)),
                 (false, nth) => later.push((name, nth, fault)),
@@ -216,6 +231,13 @@ impl Shared {
         *faults = later;
         due
     }
+}
+
+/// What takes the place of an answer.
+enum Instead {
+    Bytes(Vec<u8>),
+    /// The answer follows.
+    AfterCall(Box<dyn FnOnce(&Value) + Send>),
 }
 
 /// One client's stay.
@@ -231,6 +253,8 @@ struct Session<'a> {
 struct Pending {
     command: Option<String>,
     swallow: bool,
+    /// The answer that was swallowed.
+    kept: Option<Value>,
     negotiated: bool,
     refused: bool,
     closed: bool,
@@ -253,11 +277,14 @@ impl Session<'_> {
                 name: command.clone(),
                 arguments: arguments.clone(),
             });
-            let (mut swallow, mut refuse) = (false, None);
+            let (mut swallow, mut refuse, mut instead) = (false, None, None);
             for fault in self.shared.due(&command) {
                 match fault {
                     Fault::CloseBefore => return Ok(()),
                     Fault::CloseAfter => swallow = true,
+                    Fault::Garbage(bytes) => instead = Some(Instead::Bytes(bytes)),
+                    Fault::Then(call) => instead = Some(Instead::AfterCall(call)),
+                    Fault::Rewrite(change) => change(&mut request),
                     Fault::Stall(time) => std::thread::sleep(time),
                     Fault::Refuse(failure) => refuse = Some(failure),
                     Fault::Call(call) => call(),
@@ -272,7 +299,11 @@ impl Session<'_> {
             match answer {
                 Some(Err(QmpFailure::Lost(_))) => return Ok(()),
                 Some(_) if swallow => return Ok(()),
-                Some(answer) => self.reply(&request, answer)?,
+                Some(answer) => {
+                    if self.put_in_place(instead, &arguments) {
+                        self.reply(&request, answer)?;
+                    }
+                }
                 None => {
                     if command == "stop" && self.is_running() {
                         self.shared.writer.stop();
@@ -280,7 +311,7 @@ impl Session<'_> {
                     if let Some(front) = &self.shared.front {
                         front.to_qemu(&mut request);
                     }
-                    let refused = self.forward(&command, &request, swallow)?;
+                    let refused = self.forward(&command, &request, swallow || instead.is_some())?;
                     match command.as_str() {
                         "cont" if !refused => self.shared.writer.resume(),
                         "qmp_capabilities" if !refused => lock(&self.pending).negotiated = true,
@@ -289,10 +320,31 @@ impl Session<'_> {
                     if swallow {
                         return Ok(());
                     }
+                    if self.put_in_place(instead, &arguments)
+                        && let Some(answer) = lock(&self.pending).kept.take()
+                    {
+                        send(&self.client, &answer)?;
+                    }
                 }
             }
         }
         Ok(())
+    }
+
+    /// What comes in place of an answer. Whether the answer itself is to follow.
+    fn put_in_place(&self, instead: Option<Instead>, arguments: &Value) -> bool {
+        match instead {
+            None => true,
+            Some(Instead::AfterCall(call)) => {
+                call(arguments);
+                true
+            }
+            Some(Instead::Bytes(bytes)) => {
+                let _order = lock(&self.pending);
+                let _ = (&self.client).write_all(&bytes);
+                false
+            }
+        }
     }
 
     fn is_running(&self) -> bool {
@@ -317,6 +369,7 @@ impl Session<'_> {
             let mut pending = lock(&self.pending);
             pending.command = Some(command.to_owned());
             pending.swallow = swallow;
+            pending.kept = None;
         }
         send(&self.upstream, request)?;
         let mut pending = lock(&self.pending);
@@ -340,7 +393,9 @@ impl Session<'_> {
             let shown =
                 self.shared.front.as_ref().is_none_or(|front| front.to_client(command.as_deref(), &mut message));
             let swallowed = is_answer && pending.swallow;
-            if shown && !swallowed {
+            if shown && swallowed {
+                pending.kept = Some(message);
+            } else if shown {
                 let _ = send(&self.client, &message);
             }
             drop(pending);

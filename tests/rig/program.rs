@@ -5,7 +5,7 @@ use serde_json::Value;
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, Output, Stdio},
 };
 use tempfile::TempDir;
 
@@ -29,6 +29,13 @@ impl Program {
         let dir = tempfile::Builder::new().prefix("pvb").tempdir().unwrap();
         fs::create_dir(dir.path().join("etc")).unwrap();
         Self { dir, pve_root: None, extra: Vec::new() }
+    }
+
+    /// Another installation with the same configuration file and the same variables.
+    pub fn beside(&self) -> Self {
+        let other = Self { extra: self.extra.clone(), ..Self::new() };
+        fs::copy(self.dir().join("etc/config.toml"), other.dir().join("etc/config.toml")).unwrap();
+        other
     }
 
     /// Proxmox VE's files are below `root`.
@@ -87,12 +94,7 @@ impl Program {
 
     /// Runs the program to its end.
     pub fn run(&self, arguments: &[&str]) -> Run {
-        let output = self.command(arguments).output().expect("the program starts");
-        Run {
-            code: output.status.code(),
-            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-        }
+        Run::of(&self.command(arguments).output().expect("the program starts"))
     }
 
     /// Starts the program and does not wait.
@@ -122,6 +124,14 @@ impl Program {
 }
 
 impl Run {
+    pub fn of(output: &Output) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
     /// It has to have succeeded without a warning.
     #[track_caller]
     pub fn ok(self) -> Self {

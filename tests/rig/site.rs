@@ -22,6 +22,8 @@ pub struct Site {
     pub vm: Vm,
     pub program: Program,
     pub kind: Kind,
+    /// Its name, where it is no Proxmox guest.
+    pub name: &'static str,
     /// As the machine was before anybody backed it up.
     pub before: BlockState,
 }
@@ -40,13 +42,13 @@ impl Site {
             }
         };
         let before = BlockState::of(&vm);
-        Self { vm, program, kind, before }
+        Self { vm, program, kind, name: "guest", before }
     }
 
     /// Id of the guest.
     pub fn guest(&self) -> &'static str {
         match self.kind {
-            Kind::Stock => "guest",
+            Kind::Stock => self.name,
             Kind::Proxmox => "100",
         }
     }
@@ -59,7 +61,7 @@ impl Site {
                     "--qmp".into(),
                     self.vm.qmp_socket().display().to_string(),
                     "--name".into(),
-                    "guest".into(),
+                    self.name.into(),
                 ]);
             }
             Kind::Proxmox => words.push(VMID.to_string()),

@@ -446,6 +446,11 @@ impl Vm {
         self.interposer().fault(command, nth, fault);
     }
 
+    /// Takes back the faults that no command has met. How many.
+    pub fn no_more_faults(&self) -> usize {
+        self.interposer().no_more_faults()
+    }
+
     /// Cuts off the client that is connected, if one is.
     pub fn disconnect_client(&self) {
         self.interposer().disconnect_client();

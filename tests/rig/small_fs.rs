@@ -1,0 +1,60 @@
+//! File systems that fill up, and that can be made read-only.
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+/// A small tmpfs; unmounted when it goes out of scope.
+pub struct SmallFs {
+    path: PathBuf,
+}
+
+impl SmallFs {
+    /// Mounts one of `mib` MiB at `path`, which is made. `None`, and why, where nothing can be mounted.
+    pub fn or_skip(path: PathBuf, mib: u64) -> Option<Self> {
+        fs::create_dir_all(&path).unwrap();
+        let size = format!("size={mib}m,mode=700");
+        match mount(Some("tmpfs"), &path, Some("tmpfs"), MsFlags::empty(), Some(size.as_str())) {
+            Ok(()) => Some(Self { path }),
+            Err(error) => {
+                println!("skipped: no tmpfs can be mounted here ({error})");
+                None
+            }
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Nothing can be written any more. Files must not be open for writing.
+    pub fn read_only(&self) {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(None::<&str>, &self.path, None::<&str>, flags, None::<&str>).unwrap();
+    }
+
+    /// The file system at `path` can be written again.
+    pub fn writable_at(path: &Path) {
+        mount(None::<&str>, path, None::<&str>, MsFlags::MS_REMOUNT, None::<&str>).unwrap();
+    }
+
+    /// Takes all the room but `spare` bytes, until the returned file is removed.
+    pub fn fill(&self, spare: u64) -> PathBuf {
+        let ballast = self.path.join("ballast");
+        let mut file = File::create(&ballast).unwrap();
+        let block = vec![0xb5; 64 * 1024];
+        while file.write_all(&block).is_ok() {}
+        let length = file.metadata().unwrap().len();
+        file.set_len(length.saturating_sub(spare)).unwrap();
+        ballast
+    }
+}
+
+impl Drop for SmallFs {
+    fn drop(&mut self) {
+        let _ = umount2(&self.path, MntFlags::MNT_DETACH);
+    }
+}
