@@ -46,6 +46,12 @@ const FAILURES: &[(&str, i32, ErrorKind)] = &[
 ];
 /// The repository is older than what borg has seen of it: message ids and modern exit codes, encrypted and not.
 const OLDER: [(&str, i32); 2] = [("Cache.RepositoryReplay", 64), ("Cache.RepositoryIDNotUnique", 63)];
+/// How ssh begins when the host key is not the known one, or the private key is open to others. borg does not wait for the rest.
+const SSH_BANNER: &str = "Remote: @@@@@@@@";
+/// What to tell instead.
+const SSH_BANNER_MEANS: &str =
+    "ssh refuses: the server's host key has changed, or others can read the private key; `ssh` by hand says which";
+
 /// What borg would ask about, and what to do: message id, modern exit code.
 const ASKED: [(&str, i32, &str); 2] = [
     (
@@ -105,7 +111,7 @@ impl Message {
         if says("No space left on device") || says("Disk quota exceeded") {
             return Some(ErrorKind::NoSpace);
         }
-        if says("Permission denied (") || says("Host key verification failed") {
+        if says("Permission denied (") || says("Host key verification failed") || says(SSH_BANNER) {
             return Some(ErrorKind::Credentials);
         }
         FAILURES.iter().find(|failure| self.has_id(failure.0)).map(|failure| failure.2)
@@ -157,7 +163,10 @@ impl Finished {
         // SSH's own words come before borg's, who only knows that it was left alone.
         let remote = self.messages.iter().find(|m| m.text.starts_with("Remote: "));
         let mut text: Vec<&str> = Vec::new();
-        text.extend(remote.iter().chain(&said).map(|m| m.headline()));
+        text.extend(
+            remote.iter().map(|m| if m.text.starts_with(SSH_BANNER) { SSH_BANNER_MEANS } else { m.headline() }),
+        );
+        text.extend(said.iter().map(|m| m.headline()));
         if text.is_empty() {
             text.extend(self.messages.last().map(|m| m.text.trim()));
         }
@@ -191,6 +200,9 @@ mod tests {
         assert_eq!(kind(&json("Else")), ErrorKind::Other);
         assert_eq!(kind("OSError: [Errno 28] No space left on device"), ErrorKind::NoSpace);
         assert_eq!(kind(r#"{"message": "Remote: Host key verification failed."}"#), ErrorKind::Credentials);
+        let banner = r#"{"message": "Remote: @@@@@@@@@@@@@@@@@@@@@@@@@@@@@@", "levelname": "WARNING"}"#;
+        assert_eq!(kind(banner), ErrorKind::Credentials);
+        assert!(finished(2, banner).error("x").message.contains("host key has changed"));
         let lock = r#"{"message": "Failed to create the lock /r/lock ([Errno 28] No space left on device).", "msgid": "LockFailed"}"#;
         assert_eq!(kind(lock), ErrorKind::NoSpace);
     }
