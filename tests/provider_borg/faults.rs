@@ -28,15 +28,18 @@ fn a_wrong_passphrase_a_lock_and_a_missing_repository_are_told_apart() {
     let Some(f) = Fixture::new() else { return };
     let mut provider = BorgProvider::open(f.options.clone()).unwrap();
     let mut holder = Command::new(program())
-        .args(["with-lock", &f.repository().display().to_string(), "sleep", "5"])
+        .args(["with-lock", &f.repository().display().to_string(), "cat"])
         .env("BORG_BASE_DIR", f.dir.path().join("user"))
         .env("BORG_PASSPHRASE", "correct horse")
+        .stdin(std::process::Stdio::piped())
         .spawn()
         .unwrap();
     while !f.repository().join("lock.exclusive").exists() {
         std::thread::sleep(Duration::from_millis(20));
     }
     let locked = provider.repository_id().unwrap_err();
+    // It ends when nobody can write to it any more.
+    drop(holder.stdin.take());
     holder.wait().unwrap();
     assert_eq!(locked.kind, ErrorKind::Locked, "{locked}");
 
