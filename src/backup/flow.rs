@@ -187,7 +187,7 @@ impl Flow<'_> {
         }
 
         let run_dir = self.options.dirs.run.join(self.guest.id.as_str());
-        let plan = plan::access_plan(&self.guest, self.options, &ground.disks, &ground.baselines, run_dir);
+        let plan = plan::access_plan(&self.guest, self.options, &ground.disks, &ground.baselines, run_dir)?;
         let generation = plan.generation.clone();
         let (qmp, journal) = (self.qmp.clone(), self.journal.clone());
         let mut access: Box<dyn SnapshotAccess> = match self.guest.kind {

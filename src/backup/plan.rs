@@ -4,13 +4,14 @@ use super::{Options, ProviderThread};
 use crate::{
     access::{AccessPlan, BitmapMode, DiskPlan, ExportMode},
     archive::ArchiveId,
+    config::Dirs,
     generation::{Facts, Record},
     guest::{Disk, Found, Guest, GuestError, GuestKind},
     journal::ProcessIdentity,
     provider::{DiskQuery, Incremental},
     segment::{SegmentLen, SegmentTable},
 };
-use anyhow::Result;
+use anyhow::{Context, Result};
 use jiff::Timestamp;
 
 /// Disks that the user chose.
@@ -132,7 +133,7 @@ pub(super) fn access_plan(
     disks: &[Disk],
     baselines: &[Baseline],
     run_dir: std::path::PathBuf,
-) -> AccessPlan {
+) -> Result<AccessPlan> {
     let disks = disks.iter().zip(baselines).map(|(disk, baseline)| DiskPlan {
         disk: disk.clone(),
         bitmap: match baseline {
@@ -141,10 +142,10 @@ pub(super) fn access_plan(
         },
         granularity: baseline_len(baseline, disk, options).bytes() as u32,
     });
-    AccessPlan {
+    Ok(AccessPlan {
         guest: guest.clone(),
         disks: disks.collect(),
-        target: target_id(guest.kind, &options.target),
+        target: target_id(guest.kind, &options.dirs, &options.target)?,
         generation: new_generation(),
         run_dir,
         fleecing: options.fleecing.clone(),
@@ -153,7 +154,7 @@ pub(super) fn access_plan(
         cbw_timeout: options.cbw_timeout,
         exports: ExportMode::Trim,
         pvesm: options.pvesm.clone(),
-    }
+    })
 }
 
 /// Segment length of a disk.
@@ -165,12 +166,18 @@ pub(super) fn baseline_len(baseline: &Baseline, disk: &Disk, options: &Options) 
 }
 
 /// What QEMU knows a target as.
-pub(crate) fn target_id(kind: GuestKind, target: &str) -> String {
-    match kind {
-        // The target id is also the name of the bitmap, which users see beside those of other tools.
-        GuestKind::Proxmox => format!("pvebackup-{target}"),
+///
+/// On Proxmox VE's QEMU it names the one bitmap of all the target's generations. Only the records in our state directory say
+/// which archive that is relative to, so another state directory must not come upon it by the same name.
+pub(crate) fn target_id(kind: GuestKind, dirs: &Dirs, target: &str) -> Result<String> {
+    Ok(match kind {
+        // Users see it beside those of other tools.
+        GuestKind::Proxmox => {
+            let id = dirs.state_id().with_context(|| format!("cannot keep an id in {}", dirs.state.display()))?;
+            format!("pvebackup-{target}-{id}")
+        }
         GuestKind::Plain => target.to_owned(),
-    }
+    })
 }
 
 /// 16 hex digits that no other run has: the hasher's keys are random for every process and call.

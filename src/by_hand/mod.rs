@@ -149,7 +149,7 @@ pub async fn set_up(guest: &Guest, options: &Options, events: &Events, cancel: &
         bail!(GuestError::NoDisks { skipped: found.skipped });
     }
 
-    let plan = plan(guest, options, &found.disks, &graph, qemu.as_ref(), events);
+    let plan = plan(guest, options, &found.disks, &graph, qemu.as_ref(), events)?;
     let begin = Step::Begin {
         guest: guest.id.to_string(),
         qmp: guest.qmp.clone(),
@@ -224,10 +224,10 @@ fn plan(
     graph: &Graph,
     qemu: Option<&ProcessIdentity>,
     events: &Events,
-) -> AccessPlan {
+) -> Result<AccessPlan> {
     let (target, record) = match &options.bitmap {
         Bitmap::Target(name) => (
-            crate::backup::target_id(guest.kind, name),
+            crate::backup::target_id(guest.kind, &options.dirs, name)?,
             Record::load(&options.dirs.generations(), name, guest.id.as_str()),
         ),
         other => (target_id(guest.kind, *other != Bitmap::None), (Record::default(), None)),
@@ -258,7 +258,7 @@ fn plan(
         };
         DiskPlan { disk: disk.clone(), bitmap, granularity: segment_len.bytes() as u32 }
     };
-    AccessPlan {
+    Ok(AccessPlan {
         guest: guest.clone(),
         disks: disks.iter().map(disk_plan).collect(),
         target,
@@ -270,7 +270,7 @@ fn plan(
         cbw_timeout: options.cbw_timeout,
         exports: options.exports,
         pvesm: options.pvesm.clone(),
-    }
+    })
 }
 
 /// The bitmap that the next backup of a disk would use if the target has its archive, or why none.

@@ -15,4 +15,5 @@ mod mounted;
 mod refused;
 #[path = "../rig/mod.rs"]
 mod rig;
+mod two_states;
 mod unprivileged;

@@ -96,6 +96,11 @@ impl Model {
         next
     }
 
+    /// What a target's bitmaps are called after.
+    pub fn bitmaps_of(&self, target: u8) -> u8 {
+        if self.mutation == Some(Mutation::OneNameForTwoRecords) { 0 } else { target }
+    }
+
     fn choices(&self) -> Vec<[bool; DISKS]> {
         if self.disks == 1 { vec![[true, false]] } else { vec![[true, true], [true, false], [false, true]] }
     }
@@ -112,7 +117,7 @@ impl Model {
             let mut world = world.clone();
             while let Some((act, after)) = next {
                 acts.push(act);
-                let checked = after.and_then(|after| rules::check(&after, self.kind).map(|()| after));
+                let checked = after.and_then(|after| rules::check(&after, self).map(|()| after));
                 match checked {
                     Ok(after) => world = after,
                     Err(rule) => return Err((rule, acts)),
@@ -319,7 +324,7 @@ impl Model {
 
     fn finished(&self, world: &mut World, run: &Run, end: End) -> Result<(), String> {
         world.watchdog |= run.watched && !world.guest_runs();
-        rules::commit_is_right(world, run, end, self.kind)
+        rules::commit_is_right(world, run, end, self)
     }
 
     /// Every disk from its snapshot, or from the archive that it builds on where the bitmap says that it is the same.
@@ -336,7 +341,7 @@ impl Model {
             let disk = &mut after.disks[place];
             readable &= disk.exported && disk.snapshot.is_some();
             let generation = if self.kind == Kind::Proxmox { Some(EVERY) } else { run.old[place] };
-            let old = generation.and_then(|generation| disk.bitmap(run.target, generation).copied());
+            let old = generation.and_then(|generation| disk.bitmap(self.bitmaps_of(run.target), generation).copied());
             let clean = run.used[place] && old.is_some_and(|old| !old.dirty);
             r.archive[place] = if clean { run.base[place] } else { disk.snapshot };
         }

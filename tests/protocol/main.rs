@@ -68,7 +68,8 @@ fn nor_does_one_of_two_disks_with_a_micro_pause() {
 /// Wants a counterexample that ends with this rule.
 fn found(mutation: Mutation, kinds: &[Kind], rule: &str) {
     for kind in kinds {
-        let targets = if mutation == Mutation::SuccessRemovesAll { 2 } else { 1 };
+        let of_two = matches!(mutation, Mutation::SuccessRemovesAll | Mutation::OneNameForTwoRecords);
+        let targets = if of_two { 2 } else { 1 };
         let calm = targets > 1;
         let model = Model { kind: *kind, disks: 1, targets, calm, mutation: Some(mutation) };
         let Some(broken) = search(&model).broken else { panic!("{mutation:?} on {kind:?} is not found") };
@@ -114,5 +115,6 @@ mutations! {
     recovery_takes_every_run_for_committed_on_proxmox: RecoveryTakesAllForCommitted on PROXMOX => MISSES;
     recovery_takes_every_run_for_failed: RecoveryTakesAllForFailed on STOCK => GONE;
     success_removes_other_targets_bitmaps: SuccessRemovesAll on STOCK => GONE;
+    two_records_explain_one_bitmap: OneNameForTwoRecords on PROXMOX => MISSES;
     the_guest_is_held_without_a_watchdog: NoWatchdog on KINDS => "left paused or frozen";
 }

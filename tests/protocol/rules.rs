@@ -1,7 +1,10 @@
 //! The rules: those of the program, which are called, wrapped so that a test can break one; and those that every world has to
 //! obey.
 
-use crate::world::{DISKS, Entry, Kind, Run, World};
+use crate::{
+    acts::Model,
+    world::{Bitmap, DISKS, Entry, Journal, Kind, Run, World},
+};
 use pvebackup::{
     archive::ArchiveId,
     generation::{DiskGeneration, Facts, Record},
@@ -47,6 +50,8 @@ pub enum Mutation {
     SuccessRemovesAll,
     /// The guest is held without a watchdog.
     NoWatchdog,
+    /// Two records explain one bitmap: it is called the same for both.
+    OneNameForTwoRecords,
 }
 
 /// The program's state machine, or one that a mutation has got into.
@@ -221,14 +226,14 @@ pub fn archive_is_right(world: &World, run: &Run) -> Result<(), String> {
 }
 
 /// What must be true at the end of a run that committed and left nothing.
-pub fn commit_is_right(world: &World, run: &Run, end: End, kind: Kind) -> Result<(), String> {
+pub fn commit_is_right(world: &World, run: &Run, end: End, model: &Model) -> Result<(), String> {
     if end != End::Committed || !run.same_qemu {
         return Ok(());
     }
     for place in (0..DISKS).filter(|place| run.chosen[*place]) {
-        let mut bitmaps = world.disks[place].bitmaps().filter(|b| b.target == run.target);
+        let mut bitmaps = world.disks[place].bitmaps().filter(|b| b.target == model.bitmaps_of(run.target));
         let only = bitmaps.next();
-        let right = |b: &crate::world::Bitmap| kind == Kind::Proxmox || b.generation == run.generation;
+        let right = |b: &Bitmap| model.kind == Kind::Proxmox || b.generation == run.generation;
         if !only.as_ref().is_some_and(right) || bitmaps.next().is_some() {
             return Err(format!("after a commit disk {place} has other bitmaps than the generation's: {only:?}"));
         }
@@ -237,7 +242,7 @@ pub fn commit_is_right(world: &World, run: &Run, end: End, kind: Kind) -> Result
 }
 
 /// What must be true of every world.
-pub fn check(world: &World, kind: Kind) -> Result<(), String> {
+pub fn check(world: &World, model: &Model) -> Result<(), String> {
     let journal = &world.journal;
     let unjournaled = |what: &str| Err(format!("{what} in QEMU, but the journal does not tell"));
     for disk in &world.disks {
@@ -254,7 +259,7 @@ pub fn check(world: &World, kind: Kind) -> Result<(), String> {
     if world.paused && !journal.paused || world.frozen && !journal.frozen {
         return unjournaled("a pause or freeze is");
     }
-    if world.run.is_some() || *journal != crate::world::Journal::default() {
+    if world.run.is_some() || *journal != Journal::default() {
         return Ok(());
     }
     // Nothing is under way, and nothing is left to recover.
@@ -264,8 +269,9 @@ pub fn check(world: &World, kind: Kind) -> Result<(), String> {
         }
         for (target, entries) in world.records.iter().enumerate() {
             let Some(entry) = entries[place].filter(|e| e.same_qemu && !e.doubtful) else { continue };
-            let named = |b: crate::world::Bitmap| {
-                usize::from(b.target) == target && (kind == Kind::Proxmox || b.generation == entry.generation)
+            let named = |b: Bitmap| {
+                b.target == model.bitmaps_of(target as u8)
+                    && (model.kind == Kind::Proxmox || b.generation == entry.generation)
             };
             if !disk.bitmaps().any(named) {
                 return Err(format!(

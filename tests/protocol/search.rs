@@ -99,7 +99,7 @@ pub fn search(model: &Model) -> Searched {
                 },
             ) {
                 let world = &nodes[new].world;
-                if let Err(rule) = rules::check(world, model.kind) {
+                if let Err(rule) = rules::check(world, model) {
                     return end(&nodes, counted, Some((rule, new, Vec::new())));
                 }
                 // A run that died or gave up: the next one has to get along with that.

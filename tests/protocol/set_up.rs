@@ -147,6 +147,7 @@ impl Model {
 
     fn operate(&self, world: &World, run: &Run, op: Op) -> Result<World, String> {
         let (mut after, mut r) = (world.clone(), run.clone());
+        let target = self.bitmaps_of(run.target);
         let watched = self.mutation != Some(Mutation::NoWatchdog);
         let chosen: Vec<usize> = (0..DISKS).filter(|place| run.chosen[*place]).collect();
         match op {
@@ -159,22 +160,21 @@ impl Model {
             Op::NoteResumed => (after.journal.paused, r.watched) = (false, watched && after.journal.frozen),
             Op::NoteThawed => (after.journal.frozen, r.watched) = (false, watched && after.journal.paused),
             Op::NoteAccess => {
-                after.journal.access = Some(r.target);
+                after.journal.access = Some(target);
                 for place in chosen.into_iter().filter(|_| self.kind != Kind::Proxmox) {
                     // Whether the old one is of any use is looked up before the instant.
                     let old = run.base[place].and(run.old[place]);
                     let disk = &mut after.disks[place];
-                    let usable = |old: &u8| disk.bitmap(run.target, *old).is_some_and(|b| flaw(seen(*b)).is_none());
+                    let usable = |old: &u8| disk.bitmap(target, *old).is_some_and(|b| flaw(seen(*b)).is_none());
                     let replaces = old.filter(usable);
                     r.used[place] = replaces.is_some();
-                    after.journal.switched[place] =
-                        Some(Switch { target: r.target, generation: r.generation, replaces });
+                    after.journal.switched[place] = Some(Switch { target, generation: r.generation, replaces });
                 }
             }
             Op::Switch | Op::SwitchAndSnapshot | Op::OldStops | Op::NewStartsAndSnapshot => {
                 for place in chosen {
                     let old = world.journal.switched[place].and_then(|switch| switch.replaces);
-                    let (new, old) = (name(r.target, r.generation), old.map(|old| name(r.target, old)));
+                    let (new, old) = (name(target, r.generation), old.map(|old| name(target, old)));
                     let mut changes = rules::switching(self.mutation, new, old);
                     match op {
                         Op::OldStops => changes.retain(|change| !matches!(change, Change::Add(_))),
@@ -199,13 +199,13 @@ impl Model {
             Op::ProxmoxSetUp => {
                 for place in chosen {
                     let disk = &mut after.disks[place];
-                    let existing = disk.bitmap(run.target, EVERY).copied();
+                    let existing = disk.bitmap(target, EVERY).copied();
                     r.used[place] = run.base[place].is_some() && existing.is_some_and(|b| flaw(seen(b)).is_none());
                     if !r.used[place] {
-                        disk.remove(run.target, EVERY);
-                        let all = Bitmap { target: run.target, generation: EVERY, recording: false, dirty: true };
+                        disk.remove(target, EVERY);
+                        let all = Bitmap { target, generation: EVERY, recording: false, dirty: true };
                         disk.add(all)?;
-                    } else if let Some(bitmap) = disk.bitmap(run.target, EVERY) {
+                    } else if let Some(bitmap) = disk.bitmap(target, EVERY) {
                         bitmap.recording = false;
                     }
                     disk.background = Some(false);
