@@ -1,6 +1,9 @@
 //! Real machines to a borg repository, by way of the segment view.
 
-use crate::rig::{Bus, Format, Io, Kind, LoadPlan, MIB, Program, Run, Site, Style, VmBuilder, old_qemu};
+use crate::{
+    rig::{Bus, Format, Io, Kind, LoadPlan, MIB, Program, Run, Site, Style, VmBuilder, old_qemu},
+    sshd::Sshd,
+};
 use std::{
     fs,
     io::{BufRead, BufReader},
@@ -14,7 +17,7 @@ fn borg_program() -> PathBuf {
     std::env::var_os("PVEBACKUP_TEST_BORG").map_or_else(|| "borg".into(), PathBuf::from)
 }
 
-fn possible() -> bool {
+pub fn possible() -> bool {
     if !PathBuf::from("/dev/fuse").exists() {
         eprintln!("skipped: there is no /dev/fuse");
         return false;
@@ -28,10 +31,13 @@ fn possible() -> bool {
 
 /// A target in `dir`, with these lines more.
 fn target(dir: &Path, more: &str) -> String {
+    target_at(&dir.join("attic").display().to_string(), more)
+}
+
+fn target_at(repository: &str, more: &str) -> String {
     format!(
-        "[defaults]\ntarget = 'attic'\n[target.attic]\nprovider = 'borg'\nrepository = '{}/attic'\nprogram = '{}'\n\
+        "[defaults]\ntarget = 'attic'\n[target.attic]\nprovider = 'borg'\nrepository = '{repository}'\nprogram = '{}'\n\
          lock-wait = '1s'\ncompression = 'zstd,1'\n{more}\n",
-        dir.display(),
         borg_program().display()
     )
 }
@@ -361,13 +367,8 @@ fn borgs(program: &Program) -> Vec<String> {
     pids.filter(has).collect()
 }
 
-/// What borg has read is discarded from the snapshot before its archive is there: when it dies, the bitmap must know it still.
-#[test]
-fn a_borg_that_is_killed_leaves_the_guest_as_it_was() {
-    let Some(site) = site(Kind::Stock) else { return };
-    site.vm.write("scsi0", 0, 12 * MIB, 0x41);
-    site.backup(&[]).ok();
-    site.vm.write("scsi0", 0, 12 * MIB, 0x42);
+/// A backup, slow enough for `meanwhile`, which is called when 4 MiB are read. What it printed, and its exit code.
+fn interrupted(site: &Site, meanwhile: impl FnOnce()) -> (String, Option<i32>) {
     let mut child = site.start_backup(&["--bwlimit", "2MiB"]);
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
     let mut text = String::new();
@@ -382,14 +383,14 @@ fn a_borg_that_is_killed_leaves_the_guest_as_it_was() {
             break;
         }
     }
-    let borgs = borgs(&site.program);
-    assert!(!borgs.is_empty(), "no borg is at work: {text}");
-    assert!(Command::new("kill").arg("-KILL").args(&borgs).status().unwrap().success());
+    meanwhile();
     text.extend(lines.map(|line| line + "\n"));
-    let output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(text.contains("borg ended with signal 9"), "{text}");
-    nothing_mounted(&site);
+    (text, child.wait_with_output().unwrap().status.code())
+}
+
+/// After one that failed: what it has discarded from the snapshot, the bitmap must know still.
+fn nothing_is_lost(site: &Site, text: &str) {
+    nothing_mounted(site);
     let discarded = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     let discarded = discarded.filter_map(|event| event["discarded_bytes"].as_u64()).max();
     assert!(discarded.is_some_and(|bytes| bytes > 0), "nothing was discarded: {text}");
@@ -398,4 +399,51 @@ fn a_borg_that_is_killed_leaves_the_guest_as_it_was() {
     assert!(run.read_bytes() >= 12 * MIB, "{}", run.read_bytes());
     site.assert_restores_now(&["scsi0", "virtio1"]);
     site.vm.assert_disk_intact("scsi0");
+}
+
+#[test]
+fn a_borg_that_is_killed_leaves_the_guest_as_it_was() {
+    let Some(site) = site(Kind::Stock) else { return };
+    site.vm.write("scsi0", 0, 12 * MIB, 0x41);
+    site.backup(&[]).ok();
+    site.vm.write("scsi0", 0, 12 * MIB, 0x42);
+    let (text, code) = interrupted(&site, || {
+        let borgs = borgs(&site.program);
+        assert!(!borgs.is_empty(), "no borg is at work");
+        assert!(Command::new("kill").arg("-KILL").args(&borgs).status().unwrap().success());
+    });
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("borg ended with signal 9"), "{text}");
+    nothing_is_lost(&site, &text);
+}
+
+#[test]
+fn a_connection_that_breaks_leaves_the_guest_as_it_was() {
+    let Some(site) = site(Kind::Stock) else { return };
+    let server = match Sshd::start() {
+        Ok(server) => server,
+        Err(reason) => {
+            eprintln!("skipped: {reason}");
+            return;
+        }
+    };
+    let dir = site.program.dir();
+    let mut more = format!(
+        "passphrase-file = '{}/passphrase'\nssh-key = '{}'\nknown-hosts = '{}'\n",
+        dir.display(),
+        server.file("user").display(),
+        server.known_hosts().display()
+    );
+    if let Ok(program) = std::env::var("PVEBACKUP_TEST_BORG") {
+        more.extend(["remote-path = '", &program, "'\n"]);
+    }
+    site.program.configure(&target_at(&server.url(&dir.join("behind")), &more));
+    site.program.run(&["target", "init"]).ok();
+    site.vm.write("scsi0", 0, 12 * MIB, 0x41);
+    site.backup(&[]).ok();
+    site.vm.write("scsi0", 0, 12 * MIB, 0x42);
+    let (text, code) = interrupted(&site, || Sshd::cut_off(server.pid()));
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("Connection closed by remote host"), "{text}");
+    nothing_is_lost(&site, &text);
 }

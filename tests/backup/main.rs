@@ -15,5 +15,7 @@ mod mounted;
 mod refused;
 #[path = "../rig/mod.rs"]
 mod rig;
+#[path = "../sshd/mod.rs"]
+mod sshd;
 mod two_states;
 mod unprivileged;

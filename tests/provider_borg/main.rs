@@ -6,6 +6,8 @@ mod fixture;
 mod lost;
 mod secrets;
 mod ssh;
+#[path = "../sshd/mod.rs"]
+mod sshd;
 
 use fixture::*;
 use jiff::ToSpan;
