@@ -129,13 +129,10 @@ impl Undo<'_> {
             return Ok(Vec::new());
         }
         let graph = read(session).await?;
-        let names: Vec<&str> = work.nodes.iter().map(node_of).collect();
-        Ok(graph
-            .nodes
-            .iter()
-            .filter(|n| n.node_name.as_deref().is_some_and(|name| names.contains(&name)))
-            .flat_map(|n| [n.file.clone(), n.image.filename.clone()])
-            .collect())
+        let ours = work.nodes.iter().map(node_of).filter_map(|name| graph.node(name));
+        // An image that is longer than its disk is told as JSON; the node below has it open.
+        let below = ours.clone().filter_map(|n| graph.node(graph.child(n.node_name.as_deref()?, "file")?));
+        Ok(ours.chain(below).flat_map(|n| [n.file.clone(), n.image.filename.clone()]).collect())
     }
 
     /// A pause or a freeze is over, or was never begun.
