@@ -15,3 +15,4 @@ mod qmp;
 #[path = "../rig/mod.rs"]
 mod rig;
 mod space;
+mod two_at_once;

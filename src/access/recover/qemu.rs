@@ -297,7 +297,7 @@ async fn take_out(session: &mut Session, name: &str, qom_path: &str) -> Result<(
     let users = graph.users(name);
     if let Some(above) = users.iter().find(|u| u.kind == "block-driver" && !is_ours(u.name)) {
         return Err(Trouble::Left(format!(
-            "node `{}` was put above the filter as its `{}`; commit or remove it first",
+            "node `{}` was put above the filter as its `{}`; commit it with base-node `{name}`, or remove it, first",
             above.name, above.role
         )));
     }

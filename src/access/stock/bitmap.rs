@@ -113,18 +113,30 @@ pub(in crate::access) fn settle(
     changes.into_iter().map(|change| action(change, node, 0)).collect()
 }
 
+/// Actions that put a copy of a bitmap on another node, of which it takes its name. QEMU aborts, and the guest with it, when a
+/// disk is resized while a bitmap of its own node is exported.
+pub(super) fn copy(old: Bitmap, onto: &str, granularity: u32) -> Vec<Action> {
+    let (node, name) = (onto.to_owned(), old.name.clone());
+    vec![
+        Action::BitmapAdd(BitmapAdd { node: node.clone(), name: name.clone(), granularity, disabled: true }),
+        Action::BitmapMerge(BitmapMerge { node, target: name, bitmaps: vec![old] }),
+    ]
+}
+
 /// `granularity` is for a bitmap that is added.
 fn action(change: Change<'_>, node: &str, granularity: u32) -> Action {
     let bitmap = |name: &str| Bitmap { node: node.to_owned(), name: name.to_owned() };
     match change {
-        Change::Add(name) => Action::BitmapAdd(BitmapAdd { node: node.to_owned(), name: name.to_owned(), granularity }),
+        Change::Add(name) => {
+            Action::BitmapAdd(BitmapAdd { node: node.to_owned(), name: name.to_owned(), granularity, disabled: false })
+        }
         Change::Remove(name) => Action::BitmapRemove(bitmap(name)),
         Change::Enable(name) => Action::BitmapEnable(bitmap(name)),
         Change::Disable(name) => Action::BitmapDisable(bitmap(name)),
         Change::Merge { from, into } => Action::BitmapMerge(BitmapMerge {
             node: node.to_owned(),
             target: into.to_owned(),
-            bitmaps: vec![from.to_owned()],
+            bitmaps: vec![bitmap(from)],
         }),
     }
 }
@@ -157,7 +169,11 @@ mod tests {
                 Action::BitmapRemove(b) => format!("remove {}", b.name),
                 Action::BitmapEnable(b) => format!("enable {}", b.name),
                 Action::BitmapDisable(b) => format!("disable {}", b.name),
-                Action::BitmapMerge(b) => format!("merge {} into {}", b.bitmaps.join(","), b.target),
+                Action::BitmapMerge(b) => format!(
+                    "merge {} into {}",
+                    b.bitmaps.iter().map(|b| b.name.as_str()).collect::<Vec<_>>().join(","),
+                    b.target
+                ),
                 Action::Backup(b) => format!("backup {}", b.job_id),
             })
             .collect()

@@ -28,7 +28,9 @@ use crate::{
     journal::{Journal, ProcessIdentity, Step},
     qmp::{
         Qmp, QmpError, Session,
-        command::block::{Bitmap, BlockExportAdd, BlockdevAdd, Driver, HumanMonitorCommand, NbdServerStart, NodeRef},
+        command::block::{
+            Bitmap, BlockExportAdd, BlockdevAdd, Driver, HumanMonitorCommand, NbdServerStart, NodeRef, Transaction,
+        },
     },
 };
 use async_trait::async_trait;
@@ -396,8 +398,19 @@ impl StockAccess {
                 .execute(&BlockdevAdd::new(&subject.snapshot, driver).unmap())
                 .await
                 .map_err(AccessError::qmp("cannot add the snapshot-access node", name))?;
+            let mut bitmaps = Vec::new();
+            if let Some(old) = &subject.bitmap.old {
+                let old = Bitmap { node: subject.root.clone(), name: old.clone() };
+                let copy = Bitmap { node: subject.snapshot.clone(), name: old.name.clone() };
+                // It goes with the node.
+                let actions = bitmap::copy(old, &subject.snapshot, subject.bitmap.granularity as u32);
+                session
+                    .execute(&Transaction { actions })
+                    .await
+                    .map_err(AccessError::qmp("cannot copy the dirty bitmap", name))?;
+                bitmaps.push(copy);
+            }
             self.record(&Step::Export { id: subject.export.clone() })?;
-            let bitmaps = subject.bitmap.old.iter();
             session
                 .execute(&BlockExportAdd {
                     r#type: "nbd",
@@ -406,7 +419,7 @@ impl StockAccess {
                     name: export_name(&subject.disk).to_owned(),
                     // It takes no writes, only the trims with which we give back what was stored.
                     writable: self.plan.exports == ExportMode::Trim,
-                    bitmaps: bitmaps.map(|old| Bitmap { node: subject.root.clone(), name: old.clone() }).collect(),
+                    bitmaps,
                 })
                 .await
                 .map_err(AccessError::qmp("cannot export the snapshot", name))?;

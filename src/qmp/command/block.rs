@@ -435,6 +435,9 @@ pub struct BitmapAdd {
     pub name: String,
     /// Bytes that a bit stands for; a power of two, at least 512.
     pub granularity: u32,
+    /// Whether it does not record writes.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub disabled: bool,
 }
 
 /// A bitmap.
@@ -449,12 +452,12 @@ pub struct Bitmap {
 /// Bitmaps to be merged.
 #[derive(Clone, Debug, Serialize)]
 pub struct BitmapMerge {
-    /// Node that carries all of them.
+    /// Node that carries the one that takes the bits.
     pub node: String,
-    /// The one that takes the bits.
+    /// Its name.
     pub target: String,
     /// The ones that give theirs.
-    pub bitmaps: Vec<String>,
+    pub bitmaps: Vec<Bitmap>,
 }
 
 /// A backup job.
