@@ -10,7 +10,7 @@ mod served;
 
 pub use served::release;
 
-use super::{AccessError, Teardown};
+use super::{AccessError, Teardown, graph::is_ours};
 use crate::{
     journal::{Journal, JournalError, ProcessIdentity, Step},
     protocol::{BitmapPer, after_death},
@@ -139,6 +139,15 @@ impl Work {
             }
         }
         work
+    }
+
+    /// Whether things in QEMU have names that are not ours alone, as on Proxmox VE, where devices give them.
+    fn has_qemus_names(&self) -> bool {
+        self.in_qemu().any(|step| match step {
+            Step::Access { .. } => true,
+            Step::Node { name } | Step::Export { id: name } => !is_ours(name),
+            _ => false,
+        })
     }
 
     /// What lives in QEMU and dies with it.

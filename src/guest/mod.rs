@@ -10,7 +10,7 @@ pub mod query;
 
 pub use disks::{Found, disks, select};
 pub use error::GuestError;
-pub use process::process;
+pub use process::{process, process_in_pid_file};
 
 use serde::{Deserialize, Serialize};
 use std::{fmt, path::PathBuf, str::FromStr};

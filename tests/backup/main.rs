@@ -12,6 +12,7 @@ mod interrupted;
 mod limits;
 mod matrix;
 mod mounted;
+mod recovery;
 mod refused;
 #[path = "../rig/mod.rs"]
 mod rig;

@@ -8,6 +8,7 @@ use crate::{
         proxmox::{Undone, undo_in_qemu},
         stock::bitmap,
     },
+    guest::process_in_pid_file,
     journal::{ProcessIdentity, Step},
     protocol::{BitmapPer, after_death},
     qmp::{
@@ -190,8 +191,14 @@ async fn reach(work: &Work, qmp: &Qmp) -> Result<Qemu, AccessError> {
             return Err(AccessError::Qmp { step: "cannot reach QEMU to undo the last run".into(), disk: None, source });
         }
     };
-    let now = session.peer_pid().and_then(|pid| ProcessIdentity::of(pid).ok());
-    if work.qemu.is_none() || now.is_none() || now == work.qemu {
+    let peer = session.peer_pid().and_then(|pid| ProcessIdentity::of(pid).ok());
+    if work.has_qemus_names() {
+        // Another tool's access to the guest has the same names, so only the process tells whose they are.
+        let now = process_in_pid_file(&qmp.socket).or(peer);
+        let other = work.qemu.is_some() && now.is_some() && now != work.qemu && lives == Some(false);
+        return Ok(if other { Qemu::Gone } else { Qemu::Same(Box::new(session)) });
+    }
+    if work.qemu.is_none() || peer.is_none() || peer == work.qemu {
         return Ok(Qemu::Same(Box::new(session)));
     }
     // The process behind the socket is who began to listen, which need not be QEMU. Names of ours are never used twice.
