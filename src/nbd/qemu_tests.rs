@@ -59,12 +59,19 @@ fn run(program: &str, args: &[&str]) {
     assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// Whether a server has got as far as `listen`: the socket file is there a moment earlier. To connect would use up a client.
+fn listens(socket: &Path) -> bool {
+    const LISTENING: &str = " 00010000 ";
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    sockets.lines().any(|line| line.contains(LISTENING) && line.ends_with(socket.to_str().unwrap()))
+}
+
 fn serve(room: &Path, program: &str, args: &[&str]) -> Server {
     let socket = room.join("nbd.sock");
     let child = Command::new(program).args(args).stdin(Stdio::null()).spawn().unwrap();
     let server = Server { child, socket };
     for _ in 0..1000 {
-        if server.socket.exists() {
+        if listens(&server.socket) {
             return server;
         }
         std::thread::sleep(Duration::from_millis(10));
