@@ -222,10 +222,10 @@ fn what_a_run_has_just_made_stays_though_the_clock_was_set_back() {
     let mut provider = ProviderThread::new(Box::new(DirectoryProvider::open(&DirectoryOptions::new(&f.root)).unwrap()));
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let judged = runtime.block_on(prune("100", &rules, &mut provider, Some(&made), false, &f.cancel)).unwrap();
-    let gone: Vec<&ArchiveId> = judged.iter().filter(|j| j.pruned.is_some()).map(|j| &j.archive.id).collect();
-    assert_eq!(gone, [&old[0].0], "{judged:?}");
+    // It is the newest by its name, too, so that the one place is its own.
+    let kept: Vec<&ArchiveId> = judged.iter().filter(|j| j.pruned.is_none()).map(|j| &j.archive.id).collect();
+    assert_eq!((kept, judged.len()), (vec![&made], old.len() + 1), "{judged:?}");
     assert!(f.restored(&made, "scsi0") == content);
-    assert!(f.restored(&old[1].0, "scsi0") == old[1].1);
 }
 
 #[test]
