@@ -316,7 +316,9 @@ fn a_killed_server_is_told_and_its_mount_cleared() {
         let dead = Pid::from_raw(pid(&told));
         kill(dead, Signal::SIGKILL).unwrap();
         wait_until("it is not dead", || !lives(dead.as_raw()));
-        assert_eq!(fs::read_dir(&dir).unwrap_err().raw_os_error(), Some(Errno::ENOTCONN as i32));
+        // The kernel may be about to end the connection.
+        let refused = Errno::from_raw(fs::read_dir(&dir).unwrap_err().raw_os_error().unwrap());
+        assert!(matches!(refused, Errno::ENOTCONN | Errno::ECONNABORTED), "{refused}");
         let mounts = status(&site, 26)["mounts"].clone();
         assert_eq!(mounts, json!([{"path": dir, "pid": dead.as_raw(), "served": false}]));
         dir
