@@ -4,26 +4,9 @@ use super::{
     Client, Framing, NbdError, option,
     scripted_server::{BASE, Offer, options, pair, used},
 };
+use crate::fuzzing::{block_on, send_and_leave};
 use proptest::prelude::*;
-use std::future::Future;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::UnixStream,
-};
-
-/// A server that sends a fixed stream of bytes, whatever it is told, and hangs up.
-async fn send_and_leave(mut stream: UnixStream, bytes: Vec<u8>) {
-    let (mut from, mut to) = stream.split();
-    let ignore = async {
-        let mut sink = [0; 4096];
-        while from.read(&mut sink).await.is_ok_and(|read| read > 0) {}
-    };
-    let send = async {
-        let _ = to.write_all(&bytes).await;
-        let _ = to.shutdown().await;
-    };
-    tokio::join!(ignore, send);
-}
+use tokio::net::UnixStream;
 
 /// Chunks for the first requests that are nearly right.
 fn chunks(framing: Framing) -> impl Strategy<Value = Vec<u8>> {
@@ -62,11 +45,6 @@ fn chunks(framing: Framing) -> impl Strategy<Value = Vec<u8>> {
     prop::collection::vec(chunk, 0..12).prop_map(|chunks| chunks.concat())
 }
 
-fn run<F: Future>(future: F) -> F::Output {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
-    runtime.block_on(future)
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
@@ -76,7 +54,7 @@ proptest! {
     ) {
         let good = [&b"NBDMAGICIHAVEOPT\0\x03"[..], b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x0b\0\0\0\x01\0\0\0\0"].concat();
         let stream = [&good[..valid.min(good.len())], &bytes].concat();
-        run(async {
+        block_on(async {
             let (ours, theirs) = UnixStream::pair().unwrap();
             let server = tokio::spawn(send_and_leave(theirs, stream));
             assert!(Client::start(ours, &options(&[BASE])).await.is_err());
@@ -89,7 +67,7 @@ proptest! {
         (framing, bytes) in prop_oneof![Just(Framing::Compact), Just(Framing::Extended)]
             .prop_flat_map(|framing| (Just(framing), chunks(framing))),
     ) {
-        run(async {
+        block_on(async {
             let (client, server) = pair(&Offer::of(framing), &[BASE]).await;
             let server = tokio::spawn(send_and_leave(server.stream, bytes));
             let (_, _, _, _) = tokio::join!(

@@ -60,7 +60,7 @@ fn nor_does_one_of_two_disks() {
 
 /// The same where it takes longer: `cargo test --release --test protocol -- --ignored --nocapture`.
 #[test]
-#[ignore = "as long as all others together"]
+#[ignore = "as long as all others together: `scripts/faults` runs it"]
 fn nor_does_one_of_two_disks_with_a_micro_pause() {
     holds(Model { kind: Kind::MicroPause, disks: 2, targets: 1, calm: true, mutation: None }, 590_000);
 }

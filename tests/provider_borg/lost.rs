@@ -125,7 +125,7 @@ fn a_repository_that_was_rolled_back_is_taken_with_a_warning() {
 }
 
 #[test]
-#[ignore = "much like the other: `cargo nextest run --test provider_borg --run-ignored only`"]
+#[ignore = "much like the other: `scripts/faults` runs it"]
 fn a_repository_that_was_rolled_back_is_taken_without_encryption_too() {
     rolled_back("none");
 }
@@ -168,7 +168,7 @@ fn another_host_and_another_place_of_the_state_mean_full() {
 
 /// borg lets files fall out of its cache that it has not seen in 20 runs, unless it is told to keep them.
 #[test]
-#[ignore = "half a minute of processor time: `cargo nextest run --test provider_borg --run-ignored only`"]
+#[ignore = "half a minute of processor time: `scripts/faults` runs it"]
 fn a_disk_that_was_left_out_of_many_backups_is_not_forgotten() {
     let Some(mut f) = Fixture::new() else { return };
     let content: Content = (0..50).map(|i| (i, segment_bytes(1, i))).collect();

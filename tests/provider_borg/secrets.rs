@@ -57,7 +57,7 @@ fn no_process_shows_a_passphrase_that_was_given() {
 }
 
 #[test]
-#[ignore = "much like a file: `cargo nextest run --test provider_borg --run-ignored only`"]
+#[ignore = "much like a file: `scripts/faults` runs it"]
 fn no_process_shows_a_passphrase_that_a_program_prints() {
     nothing_is_seen(|dir| Passphrase::Command(vec!["cat".into(), dir.join("passphrase").display().to_string()]));
 }

@@ -6,6 +6,8 @@
 mod fixture;
 mod official;
 mod ssh;
+#[path = "../sshd/mod.rs"]
+mod sshd;
 
 use fixture::*;
 use jiff::ToSpan;

@@ -1,75 +1,14 @@
 //! A repository on another machine, over SFTP.
 
-use crate::fixture::{Content, Disk, Fixture, child, segment_bytes};
+use crate::{
+    fixture::{Content, Disk, Fixture, child, segment_bytes},
+    sshd::Sshd,
+};
 use pvebackup::provider::{
     ErrorKind, Provider, SourceError,
     restic::{Password, ResticOptions, ResticProvider},
 };
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
-use tempfile::TempDir;
-
-/// A real SSH server on the loopback, for one user key, in a temporary directory.
-struct Sshd {
-    dir: TempDir,
-    child: std::process::Child,
-    port: u16,
-}
-
-impl Sshd {
-    fn start() -> Result<Self, String> {
-        let program = "/usr/sbin/sshd";
-        let sftp = "/usr/lib/openssh/sftp-server";
-        for needed in [program, sftp, "/usr/bin/ssh", "/usr/bin/ssh-keygen"] {
-            if !Path::new(needed).exists() {
-                return Err(format!("{needed} is not installed"));
-            }
-        }
-        // Its privilege separation directory exists only where the service has run before.
-        if fs::create_dir_all("/run/sshd").is_err() {
-            return Err("/run/sshd cannot be created".into());
-        }
-        let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
-        let path = |name: &str| dir.path().join(name);
-        for name in ["host", "user"] {
-            let made =
-                Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(path(name)).status();
-            if !made.is_ok_and(|s| s.success()) {
-                return Err("ssh-keygen failed".into());
-            }
-        }
-        fs::copy(path("user.pub"), path("authorized")).map_err(|e| e.to_string())?;
-        let port =
-            std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).map_err(|e| e.to_string())?.port();
-        let config = format!(
-            "ListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nStrictModes no\nUsePAM no\nPidFile none\n\
-             PasswordAuthentication no\nPermitRootLogin prohibit-password\nSubsystem sftp {sftp}\n",
-            path("host").display(),
-            path("authorized").display()
-        );
-        fs::write(path("config"), config).map_err(|e| e.to_string())?;
-        let child = Command::new(program)
-            .args(["-D", "-e", "-p", &port.to_string(), "-f"])
-            .arg(path("config"))
-            .stderr(fs::File::create(path("log")).map_err(|e| e.to_string())?)
-            .spawn()
-            .map_err(|e| e.to_string())?;
-        let server = Self { dir, child, port };
-        for _ in 0..100 {
-            if std::net::TcpStream::connect(("127.0.0.1", port)).is_ok() {
-                return Ok(server);
-            }
-            std::thread::sleep(std::time::Duration::from_millis(50));
-        }
-        Err(format!("sshd does not answer: {}", fs::read_to_string(server.dir.path().join("log")).unwrap_or_default()))
-    }
-}
-
-impl Drop for Sshd {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 fn options(port: &str, directory: &Path) -> ResticOptions {
     let mut options = ResticOptions::new("opendal:sftp", Password::File(directory.join("password")));
@@ -106,19 +45,19 @@ fn a_repository_behind_ssh_works_like_a_local_one() {
             return;
         }
     };
-    let directory = server.dir.path();
+    let directory = server.dir();
     // opendal runs `ssh`, and has no option for the file of known hosts. The user's own file is none of our business.
     let bin = directory.join("bin");
     fs::create_dir(&bin).unwrap();
     let wrapper = bin.join("ssh");
     let known = directory.join("known_hosts");
     let key = fs::read_to_string(directory.join("host.pub")).unwrap();
-    fs::write(&known, format!("[127.0.0.1]:{} {key}", server.port)).unwrap();
+    fs::write(&known, format!("[127.0.0.1]:{} {key}", server.port())).unwrap();
     let script = format!("#!/bin/sh\nexec /usr/bin/ssh -o UserKnownHostsFile={} \"$@\"\n", known.display());
     fs::write(&wrapper, script).unwrap();
     fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o700)).unwrap();
     let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default());
-    let place = format!("{} {}", server.port, directory.display());
+    let place = format!("{} {}", server.port(), directory.display());
     let output = child("ssh::ssh_child").env("PATH", path).env(SERVER, place).output().unwrap();
     assert!(
         output.status.success(),

@@ -1,5 +1,7 @@
 //! A real SSH server on the loopback.
 
+#![allow(dead_code, reason = "every integration test uses a part")]
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -41,7 +43,8 @@ impl Sshd {
             std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).map_err(|e| e.to_string())?.port();
         let config = format!(
             "ListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nStrictModes no\nUsePAM no\nPidFile none\n\
-             PasswordAuthentication no\nPermitRootLogin prohibit-password\n",
+             PasswordAuthentication no\nPermitRootLogin prohibit-password\n\
+             Subsystem sftp internal-sftp\n",
             path("host").display(),
             path("authorized").display()
         );
@@ -72,6 +75,16 @@ impl Drop for Sshd {
 }
 
 impl Sshd {
+    /// The server's directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// A file of the server's directory: the keys `host` and `user`, `known hosts`.
     pub fn file(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
