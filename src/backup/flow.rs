@@ -64,7 +64,7 @@ pub(super) async fn run(
             Effect::Record => flow.record(),
             Effect::TearDown(how) => flow.tear_down(how).await,
             Effect::UndoAgain => flow.undo_again().await,
-            Effect::Clear => flow.clear(),
+            Effect::Clear => Ok(flow.clear()),
             Effect::End(End::Committed) => return Ok(()),
             Effect::End(_) => return Err(flow.error.unwrap_or_else(|| anyhow!("the backup failed"))),
         };
@@ -353,12 +353,15 @@ impl Flow<'_> {
         }
     }
 
-    fn clear(&mut self) -> Result<Ended> {
+    fn clear(&mut self) -> Ended {
         if let Err(error) = self.journal.clear() {
-            // Whatever failed before: the next run will believe that something is left.
-            self.error = None;
-            bail!(error);
+            // The next run will believe that something is left.
+            self.error = Some(match self.error.take() {
+                Some(first) => first.context(error),
+                None => error.into(),
+            });
+            return Ended::Failed;
         }
-        Ok(Ended::Done)
+        Ended::Done
     }
 }

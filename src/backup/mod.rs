@@ -17,7 +17,7 @@ pub use retain::{Judged, prune};
 pub use transfer::MEMORY;
 
 pub(crate) use leftover::{committed, recover_leftover};
-pub(crate) use plan::{new_generation, target_id};
+pub(crate) use plan::target_id;
 
 use crate::{
     access::{Fleecing, FreezeMode},

@@ -5,14 +5,13 @@ use crate::{
     access::{AccessPlan, BitmapMode, DiskPlan, ExportMode},
     archive::ArchiveId,
     config::Dirs,
-    generation::{Facts, Record},
+    generation::{self, Facts, Record},
     guest::{Disk, Found, Guest, GuestError, GuestKind},
     journal::ProcessIdentity,
     provider::{DiskQuery, Incremental},
     segment::{SegmentLen, SegmentTable},
 };
 use anyhow::{Context, Result};
-use jiff::Timestamp;
 
 /// Disks that the user chose.
 #[derive(Clone, Debug, Default)]
@@ -146,7 +145,7 @@ pub(super) fn access_plan(
         guest: guest.clone(),
         disks: disks.collect(),
         target: target_id(guest.kind, &options.dirs, &options.target)?,
-        generation: new_generation(),
+        generation: generation::new_id(),
         run_dir,
         fleecing: options.fleecing.clone(),
         freeze: options.freeze,
@@ -173,18 +172,10 @@ pub(crate) fn target_id(kind: GuestKind, dirs: &Dirs, target: &str) -> Result<St
     Ok(match kind {
         // Users see it beside those of other tools.
         GuestKind::Proxmox => {
-            let id = dirs.state_id().with_context(|| format!("cannot keep an id in {}", dirs.state.display()))?;
+            let id = generation::state_id(&dirs.state)
+                .with_context(|| format!("cannot keep an id in {}", dirs.state.display()))?;
             format!("pvebackup-{target}-{id}")
         }
         GuestKind::Plain => target.to_owned(),
     })
-}
-
-/// 16 hex digits that no other run has: the hasher's keys are random for every process and call.
-pub(crate) fn new_generation() -> String {
-    use std::hash::{BuildHasher, Hasher, RandomState};
-    let mut hasher = RandomState::new().build_hasher();
-    hasher.write_u32(std::process::id());
-    hasher.write_i128(Timestamp::now().as_nanosecond());
-    format!("{:016x}", hasher.finish())
 }

@@ -1,9 +1,7 @@
 //! Where configuration, state and sockets are.
 
 use std::{
-    env, fs,
-    hash::{BuildHasher, Hasher, RandomState},
-    io::{self, Write},
+    env, fs, io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
@@ -62,37 +60,6 @@ impl Dirs {
     pub fn generations(&self) -> PathBuf {
         self.state.join("generations")
     }
-
-    /// 16 hex digits that no other state directory has. What lives longer than a run outside of it, and means something only
-    /// with its records, is named after them. Made when they are asked for first; made anew when they cannot be made out.
-    ///
-    /// # Errors
-    /// When the file cannot be read or written.
-    pub fn state_id(&self) -> io::Result<String> {
-        let path = self.state.join("id");
-        let known = |text: &str| text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
-        match fs::read(&path) {
-            Ok(bytes) => {
-                let text = String::from_utf8_lossy(&bytes);
-                if known(text.trim_end()) {
-                    return Ok(text.trim_end().to_owned());
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
-        // The hasher's keys are random for every process and call.
-        let mut hasher = RandomState::new().build_hasher();
-        hasher.write_u32(std::process::id());
-        let id = format!("{:016x}", hasher.finish());
-        create_private_dir(&self.state)?;
-        let mut file = tempfile::NamedTempFile::new_in(&self.state)?;
-        writeln!(file, "{id}")?;
-        file.as_file().sync_all()?;
-        file.persist(&path).map_err(|error| error.error)?;
-        fs::File::open(&self.state)?.sync_all()?;
-        Ok(id)
-    }
 }
 
 /// Creates a directory, and its parents, that only we may enter.
@@ -118,16 +85,5 @@ mod tests {
         assert_eq!(dirs.run, Path::new("/run/a"));
         assert_eq!(dirs.config, Path::new("/etc/pvebackup"));
         assert_eq!(dirs.fleecing, Path::new("/own/fleecing"));
-    }
-    #[test]
-    fn a_state_directory_keeps_an_id_that_no_other_has() {
-        let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let dirs = |dir: &Path| Dirs { state: dir.join("state"), ..Dirs::from_vars(|_| None) };
-        let id = dirs(one.path()).state_id().unwrap();
-        assert_eq!((id.len(), dirs(one.path()).state_id().unwrap()), (16, id.clone()));
-        assert_ne!(dirs(other.path()).state_id().unwrap(), id);
-        // Cut by a crash: the bitmaps that were named after it are not found again, which means full backups.
-        fs::write(one.path().join("state/id"), &id[..7]).unwrap();
-        assert_ne!(dirs(one.path()).state_id().unwrap(), id);
     }
 }

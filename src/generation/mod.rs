@@ -14,6 +14,8 @@
 //! A superset of the dirty bits is always safe, a subset never. Whatever does not match on every point means a full read of
 //! that disk, with the reason told.
 
+mod id;
 mod record;
 
+pub use id::{new_id, state_id};
 pub use record::{DiskGeneration, Facts, Record, RecordError};
