@@ -11,7 +11,7 @@ use crate::{
     guest::{Disk, DiskKind, Guest, GuestKind},
     report::{Event, Monitor},
 };
-use peer::{BACKGROUND, Bitmap as PeerBitmap, Fault, Peer};
+use peer::{BACKGROUND, Bitmap as PeerBitmap, Fault, Node as PeerNode, Peer, WrongFleecing};
 use serde_json::json;
 use std::{path::Path, sync::Mutex, time::Duration};
 use tempfile::TempDir;
@@ -333,6 +333,13 @@ async fn what_ends_the_qemu_process_is_never_asked_for() {
         refuse(|rig| rig.peer.state().support = json!({"backup-fleecing": true})).await.contains("backup-access-api")
     );
     assert!(refuse(|rig| rig.bitmap("scsi1", PeerBitmap::new(BACKGROUND))).await.contains(BACKGROUND));
+    for driver in ["copy-before-write", "snapshot-access"] {
+        let rig = Rig::new(&[("scsi0", 8 * MIB)], &BitmapMode::New);
+        rig.peer.state().nodes.insert("left".into(), PeerNode { drv: driver.into(), ..PeerNode::default() });
+        let error = rig.access().check().await.unwrap_err().to_string();
+        assert!(error.contains(&format!("node `left` ({driver})")), "{error}");
+        assert_eq!(rig.peer.changes(), Vec::<String>::new());
+    }
     for target in ["", "Proxmox", "Proxmox VE", BACKGROUND] {
         assert!(forbidden(target).await, "{target}");
     }
@@ -423,14 +430,23 @@ async fn the_bitmap_of_another_target_is_not_used() {
 }
 
 #[tokio::test]
-async fn a_fleecing_node_of_another_size_is_found_before_the_setup() {
-    let rig = Rig::new(&[("scsi0", 8 * MIB)], &BitmapMode::New);
-    rig.peer.state().fleecing_excess = 512;
-    let mut access = rig.access();
-    access.check().await.unwrap();
-    assert!(matches!(access.set_up().await, Err(AccessError::Fleecing { .. })));
-    assert!(rig.peer.sent("backup-access-setup").is_empty());
-    rig.assert_clean();
+async fn a_fleecing_node_that_would_end_qemu_is_found_before_the_setup() {
+    for (wrong, says) in [
+        (WrongFleecing::Larger, "bytes"),
+        (WrongFleecing::ReadOnly, "read-only"),
+        (WrongFleecing::Missing, "does not have the node"),
+    ] {
+        let rig = Rig::new(&[("scsi0", 8 * MIB)], &BitmapMode::New);
+        rig.peer.state().fleecing = Some(wrong);
+        let mut access = rig.access();
+        access.check().await.unwrap();
+        match access.set_up().await {
+            Err(AccessError::Fleecing { source, .. }) => assert!(source.to_string().contains(says), "{source}"),
+            other => panic!("{wrong:?}: {other:?}"),
+        }
+        assert!(rig.peer.sent("backup-access-setup").is_empty());
+        rig.assert_clean();
+    }
 }
 
 #[tokio::test]

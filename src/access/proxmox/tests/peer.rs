@@ -39,6 +39,17 @@ pub struct Node {
     pub bitmaps: Vec<Bitmap>,
 }
 
+/// What is wrong with fleecing nodes when they were added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WrongFleecing {
+    /// They are larger than asked for.
+    Larger,
+    /// They are read-only.
+    ReadOnly,
+    /// They are not there.
+    Missing,
+}
+
 /// What goes wrong with a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -73,8 +84,8 @@ pub struct State {
     pub clinging_exports: bool,
     /// The second device fails in the setup, after the first was done.
     pub late_failure: bool,
-    /// Fleecing nodes become this much larger than asked for.
-    pub fleecing_excess: u64,
+    /// What is wrong with fleecing nodes.
+    pub fleecing: Option<WrongFleecing>,
     /// A bitmap of the target appears just before the setup looks for it.
     pub sudden_bitmap: bool,
     generated: usize,
@@ -304,8 +315,12 @@ impl State {
         let file = arguments["file"]["filename"].as_str().unwrap();
         let Ok(meta) = std::fs::metadata(file) else { return generic(format!("Could not open '{file}'")) };
         let size = arguments["size"].as_u64().unwrap_or(meta.len());
-        let ro = arguments["read-only"] == json!(true);
-        let size = if name.ends_with("-fleecing") { size + self.fleecing_excess } else { size };
+        let wrong = self.fleecing.filter(|_| name.ends_with("-fleecing"));
+        if wrong == Some(WrongFleecing::Missing) {
+            return Outcome::Return(json!({}));
+        }
+        let ro = arguments["read-only"] == json!(true) || wrong == Some(WrongFleecing::ReadOnly);
+        let size = if wrong == Some(WrongFleecing::Larger) { size + 512 } else { size };
         let drv = arguments["driver"].as_str().unwrap().to_owned();
         self.nodes.insert(name.into(), Node { drv, size, ro, ..Node::default() });
         Outcome::Return(json!({}))
