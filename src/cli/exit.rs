@@ -60,8 +60,12 @@ Exit codes:
   11 locked or busy            26 state left behind (run `pvebackup recover`)
   12 credentials               130/143 signal, after clean teardown";
 
-/// The exit code of a failure: that of the first error in its chain that has one, and of a file system without room otherwise.
+/// The exit code of a failure: that of something left behind, else that of the first error in its chain that has one, and of a file system without room otherwise.
 pub fn code_of(error: &anyhow::Error) -> u8 {
+    // As a context it is no link of the chain by itself.
+    if error.is::<LeftBehind>() {
+        return LEFT_BEHIND;
+    }
     error.chain().find_map(code_of_one).or_else(|| error.chain().find_map(no_space)).unwrap_or(FAILED)
 }
 
@@ -71,9 +75,6 @@ fn no_space(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
 }
 
 fn code_of_one(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
-    if error.is::<LeftBehind>() {
-        return Some(LEFT_BEHIND);
-    }
     if error.is::<Cancelled>() {
         return Some(INTERRUPTED);
     }
@@ -171,5 +172,22 @@ fn code_of_provider(kind: ErrorKind) -> Option<u8> {
         ErrorKind::NoSpace => Some(NO_SPACE),
         ErrorKind::Damaged => Some(MISMATCH),
         ErrorKind::Source | ErrorKind::Incomplete | ErrorKind::Other => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::anyhow;
+
+    #[test]
+    fn what_is_left_behind_comes_before_what_a_run_failed_with() {
+        let left = || LeftBehind { what: vec!["node n".into()], archive: None };
+        let busy = || JournalError::Busy { guest: "100".into(), path: "100.journal".into() };
+        assert_eq!(code_of(&anyhow!(left())), LEFT_BEHIND);
+        assert_eq!(code_of(&anyhow!("it fails").context(left()).context("guest")), LEFT_BEHIND);
+        assert_eq!(code_of(&anyhow!(busy()).context(left()).context("guest")), LEFT_BEHIND);
+        assert_eq!(code_of(&anyhow!(busy()).context("guest")), BUSY);
+        assert_eq!(code_of(&anyhow!("it fails").context("guest")), FAILED);
     }
 }
