@@ -18,6 +18,7 @@ use super::{
     AccessError, AccessPlan, AccessReport, ActiveAccess, ExportMode, SnapshotAccess, Teardown,
     fleecing::{Owner, Witness},
     graph::Graph,
+    stock::bitmap,
 };
 use crate::{
     archive::Consistency,
@@ -25,13 +26,13 @@ use crate::{
     qmp::{
         Qmp, Session,
         command::{
-            block::{Bitmap, BlockExportAdd, NbdServerStart},
+            block::{Bitmap, BlockExportAdd, NbdServerStart, Transaction},
             proxmox::{AccessBitmapMode, BackupAccessSetup, BackupAccessTeardown},
         },
     },
     report::Events,
 };
-use answer::{Accessed, Verdict};
+use answer::{Accessed, BITMAP_GRANULARITY, Verdict};
 use async_trait::async_trait;
 use check::Mode;
 use fleece::Place;
@@ -199,12 +200,19 @@ impl ProxmoxAccess {
 
     async fn export(&self, session: &mut Session, accessed: &Accessed) -> Result<(), AccessError> {
         let disk = &accessed.disk;
+        // An exported bitmap of the disk's own node is what makes a resize and a teardown dangerous, so only a bitmap that is
+        // read is exported, and a copy of it on the snapshot's node, with which it goes.
+        let mut bitmaps = Vec::new();
+        if let (Some(_), Some(node)) = (&disk.dirty_context, &disk.bitmap_node) {
+            let frozen = Bitmap { node: node.clone(), name: self.plan.target.clone() };
+            let actions = bitmap::copy(frozen, &accessed.node, BITMAP_GRANULARITY as u32);
+            session
+                .execute(&Transaction { actions })
+                .await
+                .map_err(AccessError::qmp("cannot copy the dirty bitmap", Some(&disk.name)))?;
+            bitmaps.push(Bitmap { node: accessed.node.clone(), name: self.plan.target.clone() });
+        }
         self.journal.record(&Step::Export { id: disk.export.clone() })?;
-        // An exported bitmap is what makes a teardown dangerous, so only a bitmap that is read is exported.
-        let bitmap = match (&disk.dirty_context, &disk.bitmap_node) {
-            (Some(_), Some(node)) => vec![Bitmap { node: node.clone(), name: self.plan.target.clone() }],
-            _ => Vec::new(),
-        };
         let export = BlockExportAdd {
             r#type: "nbd",
             id: disk.export.clone(),
@@ -212,7 +220,7 @@ impl ProxmoxAccess {
             name: disk.export.clone(),
             // For TRIM; QEMU refuses writes to a snapshot.
             writable: self.plan.exports == ExportMode::Trim,
-            bitmaps: bitmap,
+            bitmaps,
         };
         session
             .execute(&export)

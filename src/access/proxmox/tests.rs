@@ -147,6 +147,7 @@ async fn an_access_is_set_up_and_torn_down_in_the_one_order_that_is_safe() {
         "blockdev-add",
         "nbd-server-start",
         "backup-access-setup",
+        "transaction",
         "block-export-add",
         "block-export-add",
     ];
@@ -158,7 +159,10 @@ async fn an_access_is_set_up_and_torn_down_in_the_one_order_that_is_safe() {
         {"device": "drive-scsi0", "bitmap-mode": "use"}, {"device": "drive-scsi1", "bitmap-mode": "use"}]})
     );
     let exports = rig.peer.sent("block-export-add");
-    assert_eq!(exports[0]["bitmaps"], json!([{"node": "f-scsi0", "name": "pvebackup:main"}]));
+    let bitmaps = json!([{"node": exports[0]["node-name"], "name": "pvebackup:main"}]);
+    assert_eq!(exports[0]["bitmaps"], bitmaps, "a copy is exported, not the bitmap of the disk's own node");
+    let merge = &rig.peer.sent("transaction")[0]["actions"][1]["data"];
+    assert_eq!(merge["bitmaps"], json!([{"node": "f-scsi0", "name": "pvebackup:main"}]));
     assert_eq!(exports[1].get("bitmaps"), None, "a bitmap that is not read is not exported");
     assert_eq!(exports[0]["writable"], json!(true));
 
@@ -270,11 +274,11 @@ async fn nothing_is_torn_down_after_a_disk_was_unplugged() {
     let mut access = rig.access();
     access.check().await.unwrap();
     access.set_up().await.unwrap();
-    {
-        let mut state = rig.peer.state();
-        state.devices.clear();
-        state.nodes.remove("drive-scsi0");
-    }
+    // First the device goes, then its throttle node.
+    rig.peer.state().devices.clear();
+    let report = access.tear_down(Teardown::Failure).await.unwrap();
+    assert!(report.left_behind.iter().any(|left| left.contains("unplugged")), "{report:?}");
+    rig.peer.state().nodes.remove("drive-scsi0");
     let report = access.tear_down(Teardown::Failure).await.unwrap();
     assert!(report.left_behind.iter().any(|left| left.contains("unplugged")), "{report:?}");
     assert!(rig.peer.sent("backup-access-teardown").is_empty());

@@ -9,7 +9,7 @@ use crate::{
         AccessError, Teardown, fleecing,
         fleecing_volume::Storage,
         graph::Graph,
-        recover::{ATTEMPTS, PAUSE},
+        recover::{ATTEMPTS, PAUSE, qemu::remove_socket},
     },
     guest::GuestId,
     journal::{Journal, Step},
@@ -60,6 +60,9 @@ pub async fn undo(qmp: &Qmp, journal: &Journal, guest: &GuestId, how: Teardown) 
     if steps.iter().any(in_qemu) {
         let mut attempt = 1;
         let ended = loop {
+            if qemu_is_gone(&steps) {
+                break true;
+            }
             let error = match qmp.session().await {
                 Ok(mut session) => match undo_in_qemu(&mut session, journal, how, &mut undone).await {
                     Ok(()) => break false,
@@ -80,6 +83,10 @@ pub async fn undo(qmp: &Qmp, journal: &Journal, guest: &GuestId, how: Teardown) 
         if ended {
             undone.warnings.push("QEMU has ended, and the snapshot access with it".into());
             for step in journal.leftover().iter().filter(|step| in_qemu(step)) {
+                if let Step::NbdServer { socket } = step {
+                    // Nobody else removes the file when QEMU ends.
+                    remove_socket(socket);
+                }
                 note(journal, step);
             }
         }
@@ -88,6 +95,16 @@ pub async fn undo(qmp: &Qmp, journal: &Journal, guest: &GuestId, how: Teardown) 
         remove_images(journal, guest, &mut undone).await?;
     }
     Ok(undone)
+}
+
+/// Whether the QEMU process that the last run began with has ended. Another one may answer in its place by now, and what is in
+/// that one is not ours, although it may have the same names.
+fn qemu_is_gone(steps: &[Step]) -> bool {
+    let begun = steps.iter().rev().find_map(|step| match step {
+        Step::Begin { qemu, .. } => Some(qemu.as_ref()),
+        _ => None,
+    });
+    begun.flatten().is_some_and(|qemu| !qemu.lives())
 }
 
 fn nobody_listens(error: &QmpError) -> bool {
@@ -177,6 +194,7 @@ async fn stop_server(
                 Err(error) => return Err(AccessError::qmp("cannot stop the NBD server", None)(error)),
             }
         }
+        remove_socket(socket);
         note(journal, step);
     }
     Ok(())
@@ -252,8 +270,13 @@ async fn obstacle(session: &mut Session, target: &str, fleecing: &[&str]) -> Res
         let ours = graph.child(filter, "target").is_some_and(|target| fleecing.contains(&target));
         // TPM state has nothing above its filter to begin with.
         let tpm = graph.child(filter, "file").is_some_and(|file| fleecing.contains(&file));
-        let snapshot = |name: &str| graph.node(name).is_some_and(|n| n.drv == "snapshot-access");
-        if ours && !tpm && graph.users(filter).iter().all(|user| user.kind == "block-driver" && snapshot(user.name)) {
+        // What is above the filter although no device uses it: the snapshot, and the throttle node of a device that is gone.
+        let idle = |name: &str| {
+            graph
+                .node(name)
+                .is_some_and(|n| n.drv == "snapshot-access" || (n.drv == "throttle" && graph.users(name).is_empty()))
+        };
+        if ours && !tpm && graph.users(filter).iter().all(|user| user.kind == "block-driver" && idle(user.name)) {
             let disk = graph.child(filter, "target").unwrap_or(filter);
             return Ok(Obstacle::Stays(format!(
                 "the snapshot access: the disk of `{disk}` was unplugged, and tearing down now would end the QEMU process; it \

@@ -407,7 +407,8 @@ pub(in crate::access) fn listens(pid: Option<i32>, socket: &Path) -> bool {
     users(pid, socket) != SocketUsers::Nobody
 }
 
-fn remove_socket(socket: &Path) {
+/// Removes the file of a socket on which nobody listens any more.
+pub(in crate::access) fn remove_socket(socket: &Path) {
     if let Err(error) = std::fs::remove_file(socket)
         && error.kind() != std::io::ErrorKind::NotFound
     {

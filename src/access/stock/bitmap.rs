@@ -115,7 +115,7 @@ pub(in crate::access) fn settle(
 
 /// Actions that put a copy of a bitmap on another node, of which it takes its name. QEMU aborts, and the guest with it, when a
 /// disk is resized while a bitmap of its own node is exported.
-pub(super) fn copy(old: Bitmap, onto: &str, granularity: u32) -> Vec<Action> {
+pub(in crate::access) fn copy(old: Bitmap, onto: &str, granularity: u32) -> Vec<Action> {
     let (node, name) = (onto.to_owned(), old.name.clone());
     vec![
         Action::BitmapAdd(BitmapAdd { node: node.clone(), name: name.clone(), granularity, disabled: true }),

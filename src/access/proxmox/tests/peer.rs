@@ -279,6 +279,25 @@ impl State {
                     self.exports.remove(&text("id"));
                 }
             }
+            "transaction" => {
+                for action in arguments["actions"].as_array().unwrap() {
+                    let (data, node) = (&action["data"], action["data"]["node"].as_str().unwrap());
+                    match action["type"].as_str().unwrap() {
+                        "block-dirty-bitmap-add" => {
+                            let recording = data["disabled"] != true;
+                            let bitmap = Bitmap { recording, ..Bitmap::new(data["name"].as_str().unwrap()) };
+                            self.nodes.get_mut(node).unwrap().bitmaps.push(bitmap);
+                        }
+                        "block-dirty-bitmap-merge" => {
+                            let source = &data["bitmaps"][0];
+                            if self.busy(source["node"].as_str().unwrap(), source["name"].as_str().unwrap()) {
+                                return generic("Bitmap is currently in use by another operation and cannot be used");
+                            }
+                        }
+                        other => panic!("action {other}"),
+                    }
+                }
+            }
             "backup-access-setup" => return self.set_up(&text("target-id"), arguments["devices"].as_array().unwrap()),
             "backup-access-teardown" => return self.tear_down(&text("target-id")),
             other => return Outcome::Error("CommandNotFound", format!("The command {other} has not been found")),
