@@ -122,7 +122,8 @@ impl Graph {
         each(&self.node(node)?["dirty-bitmaps"]).find(|bitmap| bitmap["name"] == name)
     }
 
-    fn child(&self, parent: &str, role: &str) -> Option<String> {
+    /// The node that a node uses as `role`.
+    pub fn child(&self, parent: &str, role: &str) -> Option<String> {
         self.children(parent).into_iter().find(|(child, _)| child == role).map(|(_, node)| node)
     }
 

@@ -353,7 +353,9 @@ impl StandIn {
         for device in std::mem::take(&mut state.devices) {
             let removed = self.drained(|| {
                 self.execute("blockdev-del", json!({"node-name": device.snapshot}))?;
-                self.put_root(&device, &device.found.below)?;
+                // An overlay may have come between by now.
+                let below = graph.child(&device.filter, "file").unwrap_or_else(|| device.found.below.clone());
+                self.put_root(&device, &below)?;
                 self.execute("blockdev-del", json!({"node-name": device.filter}))?;
                 if device.has_bitmap { self.end_bitmap(&device, &target, success) } else { Ok(()) }
             });
