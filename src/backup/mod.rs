@@ -56,6 +56,8 @@ pub struct Options {
     pub fleecing: Fleecing,
     /// How long a guest write may wait for fleecing.
     pub cbw_timeout: Duration,
+    /// How long QEMU may take to answer a request to an export.
+    pub nbd_timeout: Duration,
     /// How long to wait for another client of the QMP socket.
     pub lock_wait: Duration,
     /// Segment length for disks without a base, or by the disk's size.

@@ -21,8 +21,6 @@ use tokio_util::sync::CancellationToken;
 
 /// Bytes of disk content in memory at most, besides what the provider needs.
 pub const MEMORY: u64 = 32 << 20;
-/// Limit for an answer of QEMU's NBD server. Above the 45 s after which QEMU gives up a stalled fleecing image.
-const NBD_DEADLINE: Duration = Duration::from_mins(2);
 /// Largest read: more gained nothing on a unix socket.
 const REQUEST: u64 = 1 << 20;
 /// Reads in flight per disk.
@@ -107,7 +105,7 @@ impl Transfer<'_> {
                 socket: self.active.socket.clone(),
                 export: access.export.clone(),
                 contexts,
-                deadline: NBD_DEADLINE,
+                deadline: self.options.nbd_timeout,
                 longest_read: access.largest_request.unwrap_or(ConnectOptions::LONGEST_READ),
             };
             Client::connect(&options)

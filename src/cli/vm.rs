@@ -168,6 +168,8 @@ fn options(args: &VmArgs, context: &Context, target: String, table: &TargetTable
         freeze_limit: defaults.freeze_timeout.unwrap_or(Duration::from_secs(30)),
         fleecing: fleecing(args.fleecing.as_deref(), context)?,
         cbw_timeout: defaults.cbw_timeout.unwrap_or(Duration::from_secs(45)),
+        // Above the 45 s after which QEMU gives up a stalled fleecing image.
+        nbd_timeout: defaults.nbd_timeout.unwrap_or(Duration::from_mins(2)),
         lock_wait: args.lockwait.or(defaults.lockwait).unwrap_or(Duration::from_mins(1)),
         segment_len: context.config.segment_len()?,
         rate: args

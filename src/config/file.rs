@@ -88,6 +88,9 @@ pub struct Defaults {
     /// How long a guest write may wait for fleecing before the snapshot is given up, 45 s if not set.
     #[serde(default, deserialize_with = "duration")]
     pub cbw_timeout: Option<Duration>,
+    /// How long QEMU may take to answer a backup's request for a disk's data, 2 minutes if not set.
+    #[serde(default, deserialize_with = "duration")]
+    pub nbd_timeout: Option<Duration>,
     /// Segment length for new disks: a power of two from `64KiB` to `4MiB`.
     pub segment_size: Option<String>,
 }

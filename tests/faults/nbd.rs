@@ -1,7 +1,7 @@
 //! The exports' connections: dropped, cut short, stalled, and with flipped bits in every field of a reply's header.
 
 use crate::{
-    bench::{Bench, long, points, said},
+    bench::{Bench, fails_with, points, said},
     rig::{Kind, NbdFault, NbdField, NbdProxy, Run},
 };
 use std::time::Duration;
@@ -18,8 +18,16 @@ fn fails_and_names_the_disk(run: &Run) {
     }
 }
 
+/// A length that grew has the client wait for bytes that never come; this is how long.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A guest whose backups wait for an answer for [`PATIENCE`].
+fn impatient(class: &str, kind: Kind) -> Option<Bench> {
+    Bench::with(class, "restic", kind, None, &format!("nbd-timeout = '{}s'", PATIENCE.as_secs()))
+}
+
 fn at_replies(kind: Kind, class: &str, few: usize, fault: NbdFault) {
-    let Some(mut bench) = Bench::new(class, "restic", kind) else { return };
+    let Some(mut bench) = impatient(class, kind) else { return };
     let count = {
         for disk in crate::bench::DISKS {
             bench.site.vm.write(disk, 0, 4 << 20, 0x77);
@@ -89,20 +97,15 @@ fn nbd_stalled_for_a_while_on_proxmox() {
 /// Longer than an answer may take.
 #[test]
 fn nbd_stalled_for_good() {
-    if !long() {
-        println!("skipped: waiting two minutes for an answer is part of the long run");
-        return;
-    }
-    let Some(mut bench) = Bench::new("NBD stalled for good", "restic", Kind::Stock) else { return };
+    let Some(mut bench) = impatient("NBD stalled for good", Kind::Stock) else { return };
     for nth in [12, 40] {
         bench.case(
             &format!("reply {nth}"),
             |site| {
-                let _proxy =
-                    NbdProxy::before_next_server(&site.vm, Some((nth, NbdFault::Stall(Duration::from_secs(130)))));
+                let _proxy = NbdProxy::before_next_server(&site.vm, Some((nth, NbdFault::Stall(2 * PATIENCE))));
                 site.backup(&[])
             },
-            fails_and_names_the_disk,
+            |run| fails_with(run, 1, &["disk `", "within 10s"]),
         );
     }
     bench.verdict();
