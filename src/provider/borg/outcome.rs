@@ -94,9 +94,13 @@ impl Message {
         if !first.starts_with("Traceback ") {
             return first;
         }
-        // Behind the exception borg tells what it runs on.
+        // Behind the exception borg tells what it runs on. Those of borg's own come with their modules' names.
+        let is_class =
+            |name: &str| name.rsplit_once('.').is_some_and(|(_, class)| class.starts_with(char::is_uppercase));
         let exception = |line: &&str| {
-            line.split_once(": ").is_some_and(|(name, _)| name.ends_with("Error") || name.ends_with("Exception"))
+            line.split_once(": ").is_some_and(|(name, _)| {
+                name.ends_with("Error") || name.ends_with("Exception") || (is_class(name) && !name.contains(' '))
+            })
         };
         lines.rfind(exception).unwrap_or(first)
     }
@@ -205,6 +209,22 @@ mod tests {
         assert!(finished(2, banner).error("x").message.contains("host key has changed"));
         let lock = r#"{"message": "Failed to create the lock /r/lock ([Errno 28] No space left on device).", "msgid": "LockFailed"}"#;
         assert_eq!(kind(lock), ErrorKind::NoSpace);
+    }
+
+    #[test]
+    fn of_a_traceback_the_exception_is_told() {
+        let told = |exception: &str| {
+            let text = format!(
+                "Traceback (most recent call last):\n  File \"/usr/lib/borg/locking.py\", line 143, in acquire\n    raise X\n\
+                 {exception}\n\nPlatform: Linux vm 6.1\nBorg: 1.4.0  Python: CPython 3.11.2\nsys.argv: ['/usr/bin/borg']\n"
+            );
+            let line = serde_json::json!({"levelname": "ERROR", "message": text}).to_string();
+            finished(72, &line).error("x").message
+        };
+        let lock = "borg.locking.LockFailed: Failed to create/acquire the lock /r/lock.exclusive ([Errno 30] Read-only file system).";
+        for exception in [lock, "OSError: [Errno 30] Read-only file system: '/r/data'"] {
+            assert_eq!(told(exception), format!("x: borg ended with exit code 72: {exception}"));
+        }
     }
 
     #[test]

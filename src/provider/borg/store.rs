@@ -147,6 +147,7 @@ impl BorgProvider {
             files_cache: Some(&guest),
             progress: Some(progress.clone()),
         };
+        let repository = self.borg.options().repository.clone();
         let result = self.borg.start(&call).and_then(|running| {
             running.finish_unless("borg create", MAX_OUTPUT, || {
                 if let Some(news) = progress.news() {
@@ -155,7 +156,9 @@ impl BorgProvider {
                 if input.cancel.is_cancelled() {
                     return Some(ProviderError::new(ErrorKind::Source, "the backup was cancelled"));
                 }
-                view.failure().map(|failure| failed(failure.clone())).or_else(|| progress.lost().map(given_up))
+                view.failure()
+                    .map(|failure| failed(failure.clone()))
+                    .or_else(|| progress.lost().map(|m| given_up(m, &repository)))
             })
         });
         if let Err(error) = mount.umount() {
@@ -175,7 +178,7 @@ impl BorgProvider {
         }
         self.succeeded(&finished, "the archive cannot be stored")?;
         if let Some(message) = progress.lost() {
-            return Err(given_up(message));
+            return Err(given_up(message, &repository));
         }
         for message in finished.messages.iter().filter(|m| m.level == "WARNING") {
             if NO_FILES_CACHE.iter().any(|words| message.text.starts_with(words)) {
@@ -243,8 +246,15 @@ impl BorgProvider {
 }
 
 /// borg has given up a file.
-fn given_up(message: Message) -> ProviderError {
-    ProviderError { kind: message.kind().unwrap_or(ErrorKind::Incomplete), ..incomplete(message.text) }
+fn given_up(message: Message, repository: &str) -> ProviderError {
+    // Where the system says why, that is no matter of the file.
+    match message.kind() {
+        Some(kind) => ProviderError::new(
+            kind,
+            format!("the archive cannot be stored (repository {repository}): {}", message.text),
+        ),
+        None => incomplete(message.text),
+    }
 }
 
 fn failed(failure: ViewFailure) -> ProviderError {
