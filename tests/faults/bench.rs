@@ -278,10 +278,15 @@ pub fn wait_for_exports(site: &Site) {
 
 /// A run that is slow enough to be caught in its middle, and is there.
 pub fn slow_run(site: &Site) -> Child {
+    slow_run_at(site, "6MiB")
+}
+
+/// The same, so slow.
+pub fn slow_run_at(site: &Site, limit: &str) -> Child {
     for (disk, length) in DISKS.into_iter().zip([12 * MIB, 6 * MIB]) {
         site.vm.write(disk, 0, length, 0x1d);
     }
-    let child = site.start_backup(&["--bwlimit", "6MiB"]);
+    let child = site.start_backup(&["--bwlimit", limit]);
     wait_for_exports(site);
     std::thread::sleep(Duration::from_millis(300));
     child

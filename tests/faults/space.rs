@@ -1,13 +1,15 @@
-//! Room that ends: the fleecing file system full, its images cut by somebody; the state directory full, lost,
+//! Room that ends: the fleecing file system full or stalled, its images cut by somebody; the state directory full, lost,
 //! read-only.
 
 use crate::{
-    bench::{Bench, Small, fails_with, in_the_middle, long, said},
-    rig::{Kind, MIB, Run, Site, SmallFs},
+    bench::{Bench, Small, fails_with, in_the_middle, long, said, slow_run_at},
+    rig::{Fault, Kind, MIB, Run, Site, SmallFs},
 };
+use serde_json::{Value, json};
 use std::{
     fs::{self, File},
     path::PathBuf,
+    time::{Duration, Instant},
 };
 
 const KINDS: [Kind; 2] = [Kind::Stock, Kind::Proxmox];
@@ -52,6 +54,64 @@ fn bench_fill(ballast: &std::path::Path) {
     let mut file = File::create(ballast).unwrap();
     let block = vec![0xb5; 64 * 1024];
     while file.write_all(&block).is_ok() {}
+}
+
+/// The storage of the next fleecing image of `scsi0`, as a throttle node below it.
+fn throttle_fleecing(site: &Site) {
+    site.vm.qmp("object-add", json!({"qom-type": "throttle-group", "id": "storage", "limits": {}}));
+    let below = |request: &mut Value| {
+        let file = request["arguments"]["file"].take();
+        request["arguments"]["file"] = json!({"driver": "throttle", "throttle-group": "storage", "file": file});
+    };
+    site.vm.fault("blockdev-add", 1, Fault::Rewrite(Box::new(below)));
+}
+
+/// It takes next to nothing any more.
+fn stall(site: &Site) {
+    let storage = json!({"path": "/objects/storage", "property": "limits", "value": {"bps-write": 1}});
+    site.vm.qmp("qom-set", storage);
+}
+
+/// It takes everything again.
+fn go_on(site: &Site) {
+    let storage = json!({"path": "/objects/storage", "property": "limits", "value": {"bps-write": 0}});
+    site.vm.qmp("qom-set", storage);
+    // A throttle node lets go of what it holds when it is drained.
+    site.vm.pause();
+    site.vm.resume();
+}
+
+/// The guest's writes wait for no longer than the limit for that, and then go on without the snapshot. The run fails, and waits
+/// for the storage to take up the requests that are under way: until then an export does not end.
+#[test]
+fn fleecing_that_stalls() {
+    for kind in KINDS {
+        let Some(mut bench) = Bench::with("fleecing stalled", "restic", kind, None, "cbw-timeout = '2s'") else {
+            return;
+        };
+        if kind == Kind::Proxmox {
+            bench.site.vm.stand_in().cbw_timeout(2);
+        }
+        let mut waited = Duration::ZERO;
+        bench.case(
+            "fleecing stalled",
+            |site| {
+                throttle_fleecing(site);
+                let child = slow_run_at(site, "1MiB");
+                stall(site);
+                let start = Instant::now();
+                overwrite(site);
+                waited = start.elapsed();
+                go_on(site);
+                let run = Run::of(&child.wait_with_output().unwrap());
+                site.vm.qmp("object-del", json!({"id": "storage"}));
+                run
+            },
+            |run| fails_with(run, 23, &["guest", "snapshot of disk `scsi0` is lost", "stalled"]),
+        );
+        assert!((Duration::from_secs(1)..Duration::from_secs(6)).contains(&waited), "the guest waited for {waited:?}");
+        bench.verdict();
+    }
 }
 
 /// The fleecing image of `scsi0`, which is the larger disk.

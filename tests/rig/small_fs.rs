@@ -1,9 +1,11 @@
 //! File systems that fill up, and that can be made read-only.
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::statvfs::statvfs,
+};
 use std::{
-    fs::{self, File},
-    io::Write,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -41,16 +43,21 @@ impl SmallFs {
         mount(None::<&str>, path, None::<&str>, MsFlags::MS_REMOUNT, None::<&str>).unwrap();
     }
 
-    /// Takes all the room but `spare` bytes, until the returned file is removed.
-    pub fn fill(&self, spare: u64) -> PathBuf {
-        let ballast = self.path.join("ballast");
-        let mut file = File::create(&ballast).unwrap();
-        let block = vec![0xb5; 64 * 1024];
-        while file.write_all(&block).is_ok() {}
-        let length = file.metadata().unwrap().len();
-        file.set_len(length.saturating_sub(spare)).unwrap();
-        ballast
+    /// Leaves `spare` bytes of room.
+    pub fn leave(&self, spare: u64) {
+        let now = statvfs(&self.path).unwrap();
+        let used = (now.blocks() - now.blocks_free()) * now.fragment_size();
+        resize(&self.path, &format!("size={}", (used + spare).next_multiple_of(now.fragment_size())));
     }
+
+    /// The file system at `path` has room for `mib` MiB.
+    pub fn resize_at(path: &Path, mib: u64) {
+        resize(path, &format!("size={mib}m"));
+    }
+}
+
+fn resize(path: &Path, size: &str) {
+    mount(None::<&str>, path, None::<&str>, MsFlags::MS_REMOUNT, Some(size)).unwrap();
 }
 
 impl Drop for SmallFs {

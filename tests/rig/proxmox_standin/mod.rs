@@ -26,7 +26,10 @@ use serde_json::{Value, json};
 use std::{
     fs,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -50,6 +53,8 @@ pub struct StandIn {
     aliases: Mutex<Vec<(String, String)>>,
     /// `STOP` and `RESUME` events of our own doing that are still to come.
     quiet: Mutex<(u32, u32)>,
+    /// Limit of a copy before a write, in seconds.
+    cbw_timeout: AtomicU32,
 }
 
 /// What the patched QEMU keeps of the last backup or access.
@@ -99,7 +104,13 @@ impl StandIn {
             state: Mutex::default(),
             aliases: Mutex::default(),
             quiet: Mutex::default(),
+            cbw_timeout: AtomicU32::new(45),
         }
+    }
+
+    /// Copies before writes may take so many seconds from the next access on, in place of the original's 45.
+    pub fn cbw_timeout(&self, seconds: u32) {
+        self.cbw_timeout.store(seconds, Ordering::SeqCst);
     }
 
     /// A regular backup (vzdump's own) starts; accesses are refused until [`StandIn::end_regular_backup`].
@@ -258,7 +269,7 @@ impl StandIn {
         };
         let mut filter = json!({
             "driver": "copy-before-write", "node-name": device.filter, "file": node, "target": fleecing,
-            "on-cbw-error": "break-snapshot", "cbw-timeout": 45, "discard": "unmap", "read-only": device.found.read_only,
+            "on-cbw-error": "break-snapshot", "cbw-timeout": self.cbw_timeout.load(Ordering::SeqCst), "discard": "unmap", "read-only": device.found.read_only,
         });
         if device.has_bitmap {
             let actions = json!([
