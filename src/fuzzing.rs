@@ -105,7 +105,7 @@ fn segment_table(bytes: &[u8]) -> bool {
 }
 
 fn journal(bytes: &[u8]) -> bool {
-    let steps = journal::parse(bytes);
+    let steps = journal::parse(bytes).steps;
     let open = journal::not_undone(&steps);
     assert!(open.len() <= steps.len() && open.iter().all(|step| !matches!(step, Step::Undone { .. })));
     for step in &open {

@@ -34,7 +34,7 @@ pub(super) async fn run(
 ) -> Result<()> {
     let qmp = Qmp { socket: guest.qmp.clone(), lock_wait: options.lock_wait };
     let journal = Journal::open(&options.dirs.journals(), guest.id.as_str())?;
-    let mut protocol = Protocol::new(!journal.leftover().is_empty());
+    let mut protocol = Protocol::new(!journal.leftover().is_empty() || journal.destroyed() > 0);
     let mut flow = Flow {
         guest: guest.clone(),
         options,

@@ -31,7 +31,7 @@ pub(crate) async fn recover_leftover(
     events: &Events,
 ) -> Result<()> {
     let leftover = journal.leftover();
-    if leftover.is_empty() {
+    if leftover.is_empty() && journal.destroyed() == 0 {
         return Ok(());
     }
     let by_hand = access::by_hand::Kept::of(&leftover);
@@ -39,6 +39,9 @@ pub(crate) async fn recover_leftover(
         bail!(kept.in_the_way(guest));
     }
     events.phase(Phase::Recover);
+    if let Some(told) = journal.set_destroyed_aside()? {
+        events.warn(told);
+    }
     let recorded = committed(generations, guest, &leftover);
     events.warn(match by_hand {
         Some(kept) => format!("the access by hand of {} ended with its QEMU; removing what it left", kept.since),

@@ -5,7 +5,7 @@ use crate::{
     config::Dirs,
     fuse::mounts,
     guest::GuestId,
-    journal::{Glimpse, Journal, Step, look},
+    journal::{Glimpse, Journal, Step, destroyed_text, look},
 };
 use anyhow::{Context, Result};
 use std::{fs, os::unix::fs::MetadataExt, path::PathBuf};
@@ -83,7 +83,7 @@ impl Standing {
     }
 
     fn of(guest: String, seen: Option<Glimpse>) -> Self {
-        let Some(Glimpse { steps, owner }) = seen else {
+        let Some(Glimpse { steps, destroyed, owner }) = seen else {
             return Self { guest, state: State::Idle, fleecing: Vec::new(), mounts: Vec::new() };
         };
         let state = match (owner, Kept::of(&steps)) {
@@ -91,7 +91,10 @@ impl Standing {
             (None, Some(kept)) => State::ByHand { qemu_gone: kept.qemu_is_gone(), kept: Box::new(kept) },
             (None, None) => {
                 let left = steps.iter().filter(|s| !matches!(s, Step::Begin { .. } | Step::Stored { .. }));
-                let what: Vec<String> = left.map(Step::label).collect();
+                let mut what: Vec<String> = left.map(Step::label).collect();
+                if destroyed > 0 {
+                    what.push(destroyed_text(destroyed));
+                }
                 if what.is_empty() { State::Idle } else { State::LeftBehind { what } }
             }
         };
@@ -143,7 +146,7 @@ mod tests {
     use super::*;
 
     fn standing(steps: Vec<Step>, owner: Option<i32>) -> Standing {
-        Standing::of("100".into(), Some(Glimpse { steps, owner }))
+        Standing::of("100".into(), Some(Glimpse { steps, destroyed: 0, owner }))
     }
 
     fn begin() -> Step {

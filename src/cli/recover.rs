@@ -6,7 +6,7 @@ use crate::{
     backup::committed,
     by_hand,
     fuse::served,
-    journal::{Journal, JournalError, Step},
+    journal::{Journal, JournalError, Step, destroyed_text},
     qmp::Qmp,
     report::{printable, spelled_out},
 };
@@ -26,6 +26,7 @@ pub(super) struct RecoverArgs {
 pub(super) async fn run(args: RecoverArgs, context: Context) -> Result<u8> {
     let dir = context.dirs.journals();
     let mut left = args.guests.is_empty() && archives(args.dry_run, &context).await?;
+    let mut unknown = false;
     let guests = if args.guests.is_empty() {
         Journal::guests(&dir).with_context(|| format!("cannot list {}", dir.display()))?
     } else {
@@ -41,7 +42,7 @@ pub(super) async fn run(args: RecoverArgs, context: Context) -> Result<u8> {
             other => other?,
         };
         let leftover = journal.leftover();
-        if leftover.is_empty() {
+        if leftover.is_empty() && journal.destroyed() == 0 {
             print(&format!("{guest}: nothing is left"));
             continue;
         }
@@ -49,8 +50,19 @@ pub(super) async fn run(args: RecoverArgs, context: Context) -> Result<u8> {
             for step in leftover.iter().rev().filter(|s| !matches!(s, Step::Begin { .. } | Step::Stored { .. })) {
                 print(&format!("{guest}: would undo: {}", step.label()));
             }
+            if journal.destroyed() > 0 {
+                print(&format!("{guest}: {}", destroyed_text(journal.destroyed())));
+            }
             left = true;
             continue;
+        }
+        if let Some(told) = journal.set_destroyed_aside()? {
+            print(&format!("{guest}: {}", printable(&told)));
+            unknown = true;
+            if leftover.is_empty() {
+                journal.clear()?;
+                continue;
+            }
         }
         let qmp = leftover.iter().find_map(|step| match step {
             Step::Begin { qmp, .. } => Some(qmp.clone()),
@@ -81,7 +93,11 @@ pub(super) async fn run(args: RecoverArgs, context: Context) -> Result<u8> {
             left = true;
         }
     }
-    Ok(if left { exit::LEFT_BEHIND } else { exit::OK })
+    Ok(match (left, unknown) {
+        (true, _) => exit::LEFT_BEHIND,
+        (false, true) => exit::WARNINGS,
+        (false, false) => exit::OK,
+    })
 }
 
 /// Clears mounts of archives whose process was killed. Whether any is left.

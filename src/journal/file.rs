@@ -44,6 +44,7 @@ struct Inner {
     path: PathBuf,
     file: File,
     steps: Vec<Step>,
+    destroyed: usize,
 }
 
 /// What a dead run left: its steps, in order. Empty when the last run ended well.
@@ -56,9 +57,26 @@ pub(super) fn path(dir: &Path, guest: &str) -> PathBuf {
     dir.join(format!("{guest}.journal"))
 }
 
-/// The steps in a journal's text. Lines that make no sense are passed over.
-pub(crate) fn parse(text: &[u8]) -> Vec<Step> {
-    text.split_inclusive(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect()
+/// What a journal's text says.
+#[derive(Debug, Default)]
+pub(crate) struct Parsed {
+    pub(crate) steps: Vec<Step>,
+    /// Lines that make no sense: steps that are not known any more, or of a later version.
+    pub(crate) destroyed: usize,
+}
+
+/// Reads a journal's text.
+pub(crate) fn parse(text: &[u8]) -> Parsed {
+    let mut parsed = Parsed::default();
+    for line in text.split_inclusive(|b| *b == b'\n') {
+        match serde_json::from_slice(line) {
+            Ok(step) => parsed.steps.push(step),
+            // A last line that was cut by a crash was never acted on: the effect comes after the fsync.
+            Err(_) if !line.ends_with(b"\n") || line.trim_ascii().is_empty() => {}
+            Err(_) => parsed.destroyed += 1,
+        }
+    }
+    parsed
 }
 
 /// Steps without those that were undone.
@@ -73,6 +91,28 @@ pub(crate) fn not_undone(steps: &[Step]) -> Leftover {
         }
     }
     open
+}
+
+/// What destroyed lines mean.
+pub(crate) fn destroyed_text(lines: usize) -> String {
+    let lines = if lines == 1 { "1 line makes".to_owned() } else { format!("{lines} lines make") };
+    format!(
+        "{lines} no sense in the recovery journal: what it told of may be left, in QEMU, where the next backup names it and refuses, \
+         or as a file in the run or fleecing directory"
+    )
+}
+
+/// The next step begins on a line of its own.
+fn repair(file: &mut File, text: &[u8]) -> io::Result<()> {
+    let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+    let last = &text[whole..];
+    if last.is_empty() {
+        Ok(())
+    } else if serde_json::from_slice::<Step>(last).is_ok() || file.metadata()?.len() > text.len() as u64 {
+        file.write_all(b"\n")
+    } else {
+        file.set_len(whole as u64)
+    }
 }
 
 impl Journal {
@@ -101,19 +141,40 @@ impl Journal {
         }
         let mut text = Vec::new();
         Read::by_ref(&mut file).take(LIMIT).read_to_end(&mut text).map_err(io_error("read"))?;
-        // A last line that was cut by a crash was never acted on: the effect comes after the fsync.
-        let steps = parse(&text);
-        if !text.is_empty() && !text.ends_with(b"\n") {
-            file.write_all(b"\n").map_err(io_error("repaired"))?;
-        }
+        let Parsed { steps, destroyed } = parse(&text);
+        repair(&mut file, &text).map_err(io_error("repaired"))?;
         File::open(dir).and_then(|d| d.sync_all()).map_err(io_error("flushed"))?;
-        Ok(Self { inner: Arc::new(Mutex::new(Inner { path, file, steps })) })
+        Ok(Self { inner: Arc::new(Mutex::new(Inner { path, file, steps, destroyed })) })
     }
 
     /// The steps so far, of this run or of a dead one, without those that were undone.
     pub fn leftover(&self) -> Leftover {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         not_undone(&inner.steps)
+    }
+
+    /// Lines that make no sense: what they told of may be left, and nobody knows what it is.
+    pub fn destroyed(&self) -> usize {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).destroyed
+    }
+
+    /// Copies a journal with destroyed lines to a file beside it, for whoever has to find what they told of, and says so.
+    /// `None` when every line makes sense.
+    pub fn set_destroyed_aside(&self) -> Result<Option<String>, JournalError> {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if inner.destroyed == 0 {
+            return Ok(None);
+        }
+        let mut copy = inner.path.clone().into_os_string();
+        copy.push(".damaged");
+        let copy = PathBuf::from(copy);
+        let copied = || -> io::Result<()> {
+            let text = fs::read(&inner.path)?;
+            let mut options = OpenOptions::new();
+            options.write(true).create(true).truncate(true).mode(0o600).open(&copy)?.write_all(&text)
+        };
+        copied().map_err(|source| JournalError::Io { path: copy.clone(), doing: "written", source })?;
+        Ok(Some(format!("{}; the journal is kept as {}", destroyed_text(inner.destroyed), copy.display())))
     }
 
     /// Writes a step and makes it durable. The effect may follow only when this returned `Ok`.
@@ -149,6 +210,7 @@ impl Journal {
         };
         empty(&mut inner).map_err(|source| JournalError::Io { path: inner.path.clone(), doing: "cleared", source })?;
         inner.steps.clear();
+        inner.destroyed = 0;
         Ok(())
     }
 
@@ -207,9 +269,40 @@ mod tests {
         text.extend_from_slice(br#"{"step":"node","na"#);
         fs::write(&path, text).expect("write");
         let journal = Journal::open(dir.path(), "g").expect("opens");
-        assert_eq!(journal.leftover(), [Step::Frozen]);
+        assert_eq!((journal.leftover(), journal.destroyed()), (vec![Step::Frozen], 0));
+        assert_eq!(journal.set_destroyed_aside().expect("nothing to write"), None);
+        journal.record(&Step::Paused).expect("written");
+        drop(journal);
+        let journal = Journal::open(dir.path(), "g").expect("opens");
+        assert_eq!((journal.leftover(), journal.destroyed()), (vec![Step::Frozen, Step::Paused], 0));
+    }
+
+    #[test]
+    fn a_line_that_lacks_only_its_end_counts() {
+        let dir = tempfile::tempdir().expect("directory");
+        fs::write(dir.path().join("g.journal"), br#"{"step":"frozen"}"#).expect("write");
+        let journal = Journal::open(dir.path(), "g").expect("opens");
         journal.record(&Step::Paused).expect("written");
         drop(journal);
         assert_eq!(Journal::open(dir.path(), "g").expect("opens").leftover(), [Step::Frozen, Step::Paused]);
+    }
+
+    #[test]
+    fn a_destroyed_line_is_told_until_the_journal_is_cleared() {
+        let dir = tempfile::tempdir().expect("directory");
+        let text =
+            b"{\"step\":\"frozen\"}\n{\"step\":\"node\",\0\0\0\n\n{\"step\":\"paused\"}\n{\"step\":\"unheard-of\"}\n";
+        fs::write(dir.path().join("g.journal"), text).expect("write");
+        for _ in 0..2 {
+            let journal = Journal::open(dir.path(), "g").expect("opens");
+            assert_eq!((journal.leftover(), journal.destroyed()), (vec![Step::Frozen, Step::Paused], 2));
+        }
+        let journal = Journal::open(dir.path(), "g").expect("opens");
+        let told = journal.set_destroyed_aside().expect("written").expect("destroyed lines");
+        assert!(told.starts_with("2 lines make no sense") && told.ends_with("g.journal.damaged"), "{told}");
+        assert_eq!(fs::read(dir.path().join("g.journal.damaged")).expect("read"), text);
+        journal.clear().expect("cleared");
+        assert_eq!(journal.destroyed(), 0);
+        assert_eq!(Journal::guests(dir.path()).expect("listed"), ["g"]);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     JournalError, Leftover,
-    file::{LIMIT, not_undone, parse, path},
+    file::{LIMIT, Parsed, not_undone, parse, path},
 };
 use nix::sys::stat::{major, minor};
 use procfs::{Current, LockType, Locks};
@@ -18,6 +18,8 @@ use std::{
 pub struct Glimpse {
     /// Its steps without those that were undone.
     pub steps: Leftover,
+    /// Lines that make no sense.
+    pub destroyed: usize,
     /// The process that holds its lock: its run lives.
     pub owner: Option<i32>,
 }
@@ -42,7 +44,8 @@ pub fn look(dir: &Path, guest: &str) -> Result<Option<Glimpse>, JournalError> {
     let mut text = Vec::new();
     Read::by_ref(&mut file).take(LIMIT).read_to_end(&mut text).map_err(io_error("read"))?;
     let after = owner(&meta, &path).map_err(io_error("asked for its owner"))?;
-    Ok(Some(Glimpse { steps: not_undone(&parse(&text)), owner: after.or(before) }))
+    let Parsed { steps, destroyed } = parse(&text);
+    Ok(Some(Glimpse { steps: not_undone(&steps), destroyed, owner: after.or(before) }))
 }
 
 /// Who holds a flock on a file, as `/proc/locks` tells (`proc_locks(5)`).
@@ -83,10 +86,10 @@ mod tests {
         journal.record(&Step::Frozen).unwrap();
         let own = i32::try_from(std::process::id()).unwrap();
         let seen = look(dir.path(), "100").unwrap().unwrap();
-        assert_eq!(seen, Glimpse { steps: vec![Step::Frozen], owner: Some(own) });
+        assert_eq!(seen, Glimpse { steps: vec![Step::Frozen], destroyed: 0, owner: Some(own) });
         drop(journal);
         let seen = look(dir.path(), "100").unwrap().unwrap();
-        assert_eq!(seen, Glimpse { steps: vec![Step::Frozen], owner: None });
+        assert_eq!(seen, Glimpse { steps: vec![Step::Frozen], destroyed: 0, owner: None });
         assert!(Journal::open(dir.path(), "100").is_ok());
     }
 }

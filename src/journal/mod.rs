@@ -8,6 +8,7 @@
 mod file;
 mod look;
 
+pub(crate) use file::destroyed_text;
 pub use file::{Journal, JournalError, Leftover};
 pub use look::{Glimpse, look};
 

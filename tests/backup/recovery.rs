@@ -63,7 +63,8 @@ fn count(site: &Site, command: &str) -> usize {
     site.vm.seen_commands().iter().filter(|seen| seen.name == command).count()
 }
 
-/// Lines of noise, and one that was half written when the power went, keep nothing from being undone.
+/// Lines of noise, and one that was half written when the power went, keep nothing from being undone. Noise may have been a step,
+/// so that it is told.
 fn damaged(kind: Kind) {
     let site = site(kind);
     dead_run(&site);
@@ -79,10 +80,14 @@ fn damaged(kind: Kind) {
     damaged.extend_from_slice(b"{\"step\":\"filter\",\"name\":\"pvb-");
     fs::write(&path, damaged).unwrap();
     let run = site.program.run(&["recover", "--dry-run"]).code(26);
-    assert!(run.stdout.contains("would undo: export"), "{}", run.stdout);
-    let run = site.program.run(&["recover"]).ok();
-    assert!(run.stdout.contains("undone: export"), "{}", run.stdout);
+    assert!(run.stdout.contains("would undo: export") && run.stdout.contains("lines make no sense"), "{}", run.stdout);
+    let status = site.program.run(&["access", "status"]).code(26);
+    assert!(status.stdout.contains("lines make no sense"), "{}", status.stdout);
+    let run = site.program.run(&["recover"]).code(3);
+    assert!(run.stdout.contains("undone: export") && run.stdout.contains("lines make no sense"), "{}", run.stdout);
     site.assert_nothing_left();
+    let run = site.program.run(&["recover"]).ok();
+    assert!(run.stdout.contains("nothing is left"), "{}", run.stdout);
     site.backup(&["--require-incremental"]).ok();
     site.assert_restores_now(&DISKS);
 }
@@ -95,6 +100,93 @@ fn a_damaged_journal_is_undone_on_stock_qemu() {
 #[test]
 fn a_damaged_journal_is_undone_on_proxmox() {
     damaged(Kind::Proxmox);
+}
+
+/// A step that is not known any more: what it told of stays, the run that finds it says so, and the next archive is right.
+#[test]
+fn a_destroyed_step_is_told_and_its_effect_stays() {
+    let site = site(Kind::Stock);
+    dead_run(&site);
+    let text = fs::read_to_string(journal(&site)).unwrap();
+    let lost = text.lines().find(|line| line.contains("fleecing-file")).expect("a fleecing image");
+    fs::write(journal(&site), text.replacen(lost, &"\0".repeat(lost.len()), 1)).unwrap();
+    let run = site.backup(&["--require-incremental"]).code(3);
+    assert!(run.stdout.contains("1 line makes no sense in the recovery journal"), "{}", run.stdout);
+    assert_eq!(fs::read_dir(site.program.fleecing()).unwrap().count(), 1, "nobody knows whose the image is");
+    let image = fs::read_dir(site.program.fleecing()).unwrap().next().unwrap().unwrap().path();
+    assert!(fs::read_to_string(journal(&site).with_extension("journal.damaged")).unwrap().contains('\0'));
+    fs::remove_file(image).unwrap();
+    site.assert_nothing_left();
+    site.assert_restores_now(&DISKS);
+    site.backup(&["--require-incremental"]).ok();
+}
+
+/// The journal's QEMU has the process id and the start time of the one that runs now, in another boot.
+fn same_process_of_another_boot(site: &Site) {
+    let text = fs::read_to_string(journal(site)).unwrap();
+    let lines = text.lines().map(|line| {
+        let mut step: Value = serde_json::from_str(line).unwrap();
+        if step["step"] == "begin" {
+            // Elsewhere it is the one behind the socket, which is the rig's own and lives on.
+            if site.kind == Kind::Proxmox {
+                let stat = fs::read_to_string(format!("/proc/{}/stat", site.vm.pid())).unwrap();
+                let start = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap();
+                step["qemu"]["pid"] = json!(site.vm.pid());
+                step["qemu"]["start_time"] = json!(start.parse::<u64>().unwrap());
+            }
+            step["qemu"]["boot_id"] = json!("9c3f7e52-0000-4000-8000-57a1e0b007ed");
+        }
+        format!("{step}\n")
+    });
+    fs::write(journal(site), lines.collect::<String>()).unwrap();
+}
+
+/// The host went down and came up again, and QEMU has the process id and the start time that it had before.
+fn another_boot(kind: Kind) {
+    for by_backup in [false, true] {
+        let mut site = site(kind);
+        let pid_path = site.vm.qmp_socket().with_extension("pid");
+        let note_pid = |site: &Site| {
+            if kind == Kind::Proxmox {
+                fs::write(&pid_path, format!("{}\n", site.vm.pid())).unwrap();
+            }
+        };
+        note_pid(&site);
+        dead_run(&site);
+        site.vm.kill();
+        site.vm.start_again();
+        note_pid(&site);
+        site.before = BlockState::of(&site.vm);
+        fs::remove_dir_all(site.program.run_dir()).unwrap();
+        same_process_of_another_boot(&site);
+        if by_backup {
+            let run = site.backup(&[]);
+            assert!(matches!(run.code, Some(0 | 3)), "{}\n{}", run.stdout, run.stderr);
+            assert!(run.stdout.contains("undone: fleecing"), "{}", run.stdout);
+        } else {
+            let run = site.program.run(&["recover"]).ok();
+            assert!(run.stdout.contains("undone: fleecing"), "{}", run.stdout);
+            let changes =
+                ["block-export-del", "backup-access-teardown", "blockdev-del", "nbd-server-stop", "transaction"];
+            assert_eq!(changes.map(|command| count(&site, command)), [0; 5], "the new QEMU was changed");
+            site.assert_nothing_left();
+            let run = site.backup(&[]).ok();
+            assert_eq!(run.summary()["incremental"], false, "{}", run.stdout);
+        }
+        site.assert_restores_now(&DISKS);
+        site.assert_nothing_left();
+        site.backup(&["--require-incremental"]).ok();
+    }
+}
+
+#[test]
+fn the_journal_of_another_boot_is_undone_on_stock_qemu() {
+    another_boot(Kind::Stock);
+}
+
+#[test]
+fn the_journal_of_another_boot_is_undone_on_proxmox() {
+    another_boot(Kind::Proxmox);
 }
 
 /// A journal that is gone altogether: what is there is not touched, since nobody knows whose it is, and named.
@@ -118,7 +210,7 @@ fn without_its_journal_what_a_dead_run_left_is_named_and_not_touched() {
 /// very same names, as Proxmox VE's devices give them.
 #[test]
 fn an_old_journal_does_not_end_what_somebody_else_has_set_up_since() {
-    for pid_file in [false, true] {
+    for (pid_file, boot) in [(false, false), (true, false), (true, true)] {
         let mut site = site(Kind::Proxmox);
         let pid_path = site.vm.qmp_socket().with_extension("pid");
         if pid_file {
@@ -129,6 +221,9 @@ fn an_old_journal_does_not_end_what_somebody_else_has_set_up_since() {
         site.vm.start_again();
         if pid_file {
             fs::write(&pid_path, format!("{}\n", site.vm.pid())).unwrap();
+        }
+        if boot {
+            same_process_of_another_boot(&site);
         }
 
         let image = site.vm.dir().join("theirs.raw");
