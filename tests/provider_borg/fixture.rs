@@ -255,6 +255,8 @@ impl Fixture {
 
     pub fn query(&mut self, base: &ArchiveId, name: &str) -> Incremental {
         let query = DiskQuery { name: name.into(), size: SIZE, segment_len: segment_len(), base: base.clone() };
+        // Every backup asks this first.
+        self.provider.repository_id().unwrap();
         self.provider.query_incremental(&[query]).unwrap().remove(0)
     }
 

@@ -67,7 +67,7 @@ const MAX_MANIFEST: u64 = 16 << 20;
 /// Stores archives in a borg repository.
 pub struct BorgProvider {
     borg: Borg,
-    /// The last answer of the repository, for names.
+    /// The repository's last answer, for who asks next: starting borg takes some tenths of a second, over SSH more than that.
     listed: Option<Listing>,
     added: Option<u64>,
     events: Option<Events>,
@@ -168,6 +168,12 @@ impl BorgProvider {
         }
         self.succeeded(&finished, what)?;
         serde_json::from_slice(&finished.output).map_err(|e| ProviderError::caused_by(ErrorKind::Other, what, e))
+    }
+
+    /// What was listed a moment ago for the step before, else a new list. Archives that others remove meanwhile are missed by
+    /// borg itself.
+    fn just_listed(&mut self) -> Result<Listing, ProviderError> {
+        self.listed.take().map_or_else(|| self.listing(), Ok)
     }
 
     /// Makes borg take a repository that is older than what it has seen of it.
@@ -283,8 +289,8 @@ impl Provider for BorgProvider {
     fn backup_init(&mut self, guest: &str, start: Timestamp) -> Result<ArchiveName, ProviderError> {
         self.added = None;
         self.prepare_view(guest)?;
-        // A name that somebody takes meanwhile makes borg fail, so what was just listed will do.
-        let listing = self.listed.take().map_or_else(|| self.listing(), Ok)?;
+        // A name that somebody takes meanwhile makes borg fail.
+        let listing = self.just_listed()?;
         for archive in &listing.archives {
             let left = archive.name.strip_suffix(INCOMPLETE).and_then(|name| name.parse::<ArchiveName>().ok());
             if left.is_some_and(|name| name.guest() == guest) {
@@ -302,7 +308,7 @@ impl Provider for BorgProvider {
     }
 
     fn query_incremental(&mut self, disks: &[DiskQuery]) -> Result<Vec<Incremental>, ProviderError> {
-        let listing = self.listing()?;
+        let listing = self.just_listed()?;
         let mut readers = HashMap::new();
         let mut answers = Vec::with_capacity(disks.len());
         for query in disks {
@@ -325,16 +331,19 @@ impl Provider for BorgProvider {
     }
 
     fn list(&mut self, guest: Option<&str>) -> Result<Vec<ArchiveInfo>, ProviderError> {
-        let archives = self.listing()?.archives.into_iter();
-        let mut archives: Vec<ArchiveInfo> = archives
+        let listing = self.listing()?;
+        let mut archives: Vec<ArchiveInfo> = listing
+            .archives
+            .iter()
             .filter_map(|archive| {
                 let name: ArchiveName = archive.name.parse().ok()?;
                 let wanted = guest.is_none_or(|guest| name.guest() == guest);
-                let id = ArchiveId(archive.id);
+                let id = ArchiveId(archive.id.clone());
                 wanted.then_some(ArchiveInfo { id, name, disks: Vec::new(), size: None, added_bytes: None })
             })
             .collect();
         archives.sort_by(|a, b| (a.name.time(), &a.name).cmp(&(b.name.time(), &b.name)));
+        self.listed = Some(listing);
         Ok(archives)
     }
 
@@ -361,7 +370,7 @@ impl Provider for BorgProvider {
     }
 
     fn open(&mut self, archive: &ArchiveId) -> Result<Box<dyn ArchiveReader>, ProviderError> {
-        let name = self.listing()?.name(archive).ok_or_else(|| {
+        let name = self.just_listed()?.name(archive).ok_or_else(|| {
             let message = format!("archive {archive} is not in repository {}", self.borg.options().repository);
             ProviderError::new(ErrorKind::NotFound, message)
         })?;
