@@ -6,7 +6,11 @@ use crate::{
     rig::{BlockState, Kind, MIB, Run, Site, Vm, no_files_left},
 };
 use serde_json::json;
-use std::{fs, process::Command, time::Duration};
+use std::{
+    fs,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 const KINDS: [Kind; 2] = [Kind::Stock, Kind::Proxmox];
 
@@ -119,6 +123,40 @@ fn a_disk_is_unplugged() {
         bench.ends(case, "unplugged", [unharmed, told, true]);
         bench.verdict();
     }
+}
+
+/// As Proxmox VE unplugs a disk: its throttle node goes, too, and what is left of the access goes when the VM is stopped.
+#[test]
+fn a_disk_is_unplugged_with_its_nodes() {
+    let Some(mut bench) = Bench::new("disk unplugged", "restic", Kind::Proxmox) else { return };
+    let case = bench.begin();
+    note_pid(&bench.site);
+    let act = |site: &Site, _: &_| {
+        site.vm.qmp("device_del", json!({"id": "scsi0"}));
+        // QEMU lets go of the node a moment after the device.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while let Err(failure) = site.vm.try_qmp("blockdev-del", json!({"node-name": "drive-scsi0"})) {
+            assert!(Instant::now() < deadline, "{}", failure.desc());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    let run = in_the_middle(&bench.site, act);
+    let told = bench.expect("unplugged", |site| {
+        fails_with(&run, 26, &["guest", "disk of `drive-scsi0-fleecing` was unplugged", "goes when the VM is stopped"]);
+        fails_with(&site.backup(&[]), 26, &["guest", "unplugged"]);
+        assert_eq!(site.vm.proxmox_fatal(), None);
+    });
+    let unharmed = bench.expect("unplugged", |site| {
+        assert_eq!(site.vm.status(), "running");
+        site.vm.write("virtio1", MIB, MIB, 0x55);
+        site.vm.assert_disk_intact("virtio1");
+    });
+    bench.site.vm.kill();
+    bench.site.vm.start_again();
+    note_pid(&bench.site);
+    bench.site.before = BlockState::of(&bench.site.vm);
+    bench.ends(case, "unplugged", [unharmed, told, true]);
+    bench.verdict();
 }
 
 /// The run goes on with the size of its instant, or says that the snapshot is lost; QEMU lives.

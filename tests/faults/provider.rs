@@ -162,9 +162,9 @@ fn a_repository_loses_what_is_written_to_it() {
     }
 }
 
-/// Room for the repositories of a few backups, in MiB. borg wants more than it needs.
+/// Room for the archives of all cases, in MiB. borg wants more than it needs.
 fn room(provider: &str) -> u64 {
-    if provider == "borg" { 1024 } else { 96 }
+    if provider == "borg" { 1024 } else { 512 }
 }
 
 /// borg takes its time: in the normal run on one kind of access only, which has no part in it.
