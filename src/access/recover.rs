@@ -83,6 +83,8 @@ async fn finish(
 /// What a journal says, sorted by kind and each kind in the order of the journal.
 #[derive(Clone, Debug, Default)]
 struct Work {
+    /// Whether the journal says whose it is; that line may be destroyed.
+    begun: bool,
     agent: Option<PathBuf>,
     qemu: Option<ProcessIdentity>,
     paused: bool,
@@ -115,6 +117,7 @@ impl Work {
         for step in journal.leftover() {
             match step {
                 Step::Begin { agent, qemu, target, generation, .. } => {
+                    work.begun = true;
                     work.agent = agent;
                     work.qemu = qemu;
                     run = (Some(target), Some(generation));

@@ -121,6 +121,52 @@ fn a_destroyed_step_is_told_and_its_effect_stays() {
     site.backup(&["--require-incremental"]).ok();
 }
 
+/// Destroys the line that says whose the journal is.
+fn destroy_begin(site: &Site) {
+    let text = fs::read_to_string(journal(site)).unwrap();
+    let begin = text.lines().next().filter(|line| line.contains(r#""begin""#)).expect("the first line");
+    fs::write(journal(site), text.replacen(begin, &"\0".repeat(begin.len()), 1)).unwrap();
+}
+
+/// On Proxmox VE, where names in QEMU are not ours alone, the NBD server's socket tells that the access is ours.
+#[test]
+fn a_journal_that_has_lost_whose_it_is_is_undone_where_our_server_listens() {
+    let site = site(Kind::Proxmox);
+    dead_run(&site);
+    destroy_begin(&site);
+    let run = site.program.run(&["recover"]).code(3);
+    assert!(run.stdout.contains("undone: access") && run.stdout.contains("makes no sense"), "{}", run.stdout);
+    site.assert_nothing_left();
+    site.backup(&["--require-incremental"]).ok();
+    site.assert_restores_now(&DISKS);
+}
+
+/// In another QEMU what has the same names is left alone, and when nothing has them there is nothing to undo there.
+#[test]
+fn a_journal_that_has_lost_whose_it_is_ends_nothing_in_another_qemu() {
+    let mut site = site(Kind::Proxmox);
+    dead_run(&site);
+    destroy_begin(&site);
+    site.vm.kill();
+    site.vm.start_again();
+    site.before = BlockState::of(&site.vm);
+    let image = site.vm.dir().join("theirs.raw");
+    fs::File::create(&image).unwrap().set_len(32 * MIB).unwrap();
+    let theirs =
+        json!({"driver": "raw", "node-name": "drive-scsi0-fleecing", "file": {"driver": "file", "filename": image}});
+    site.vm.qmp("blockdev-add", theirs);
+    let before = BlockState::of(&site.vm);
+    let run = site.program.run(&["recover"]).code(26);
+    assert!(run.stdout.contains("still there: node drive-scsi0-fleecing: the journal has lost"), "{}", run.stdout);
+    assert_eq!(BlockState::of(&site.vm), before, "their node was touched");
+    site.vm.qmp("blockdev-del", json!({"node-name": "drive-scsi0-fleecing"}));
+    let run = site.program.run(&["recover"]).code(3);
+    assert!(run.stdout.contains("undone: fleecing"), "{}", run.stdout);
+    site.assert_nothing_left();
+    site.backup(&[]).ok();
+    site.assert_restores_now(&DISKS);
+}
+
 /// The journal's QEMU has the process id and the start time of the one that runs now, in another boot.
 fn same_process_of_another_boot(site: &Site) {
     let text = fs::read_to_string(journal(site)).unwrap();

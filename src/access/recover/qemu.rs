@@ -40,6 +40,8 @@ enum Qemu {
     Same(Box<Session>),
     /// It is gone, and with it everything that was in it.
     Gone,
+    /// The journal does not say any more which one it was, and what is in this one may be somebody else's.
+    Unknown,
 }
 
 impl Undo<'_> {
@@ -55,6 +57,21 @@ impl Undo<'_> {
             Qemu::Gone => {
                 self.qemu_is_gone(work);
                 return Ok(Vec::new());
+            }
+            Qemu::Unknown => {
+                for step in work.in_qemu() {
+                    self.left(
+                        step,
+                        "the journal has lost which QEMU process it is in, and another tool's has the same name; it goes when the VM \
+                         is stopped",
+                    );
+                }
+                let images = work.fleecing.iter().filter_map(|step| match step {
+                    Step::FleecingFile { path } => Some(path.display().to_string()),
+                    Step::FleecingVolume { volume, .. } => Some(volume.clone()),
+                    _ => None,
+                });
+                return Ok(images.collect());
             }
         };
         // The guest comes first.
@@ -192,6 +209,16 @@ async fn reach(work: &Work, qmp: &Qmp) -> Result<Qemu, AccessError> {
         }
     };
     let peer = session.peer_pid().and_then(|pid| ProcessIdentity::of(pid).ok());
+    if work.has_qemus_names() && !work.begun {
+        // Our NBD server's socket is nobody else's.
+        let pid = session.peer_pid();
+        let serves = |step: &Step| matches!(step, Step::NbdServer { socket } if listens(pid, socket));
+        if work.servers.iter().any(serves) {
+            return Ok(Qemu::Same(Box::new(session)));
+        }
+        let graph = read(&mut session).await?;
+        return Ok(if work.in_qemu().any(|step| is_there(&graph, step)) { Qemu::Unknown } else { Qemu::Gone });
+    }
     if work.has_qemus_names() {
         // Another tool's access to the guest has the same names, so only the process tells whose they are.
         let now = process_in_pid_file(&qmp.socket).or(peer);
@@ -203,13 +230,18 @@ async fn reach(work: &Work, qmp: &Qmp) -> Result<Qemu, AccessError> {
     }
     // The process behind the socket is who began to listen, which need not be QEMU. Names of ours are never used twice.
     let graph = read(&mut session).await?;
-    let ours = work.in_qemu().any(|step| match step {
+    let ours = work.in_qemu().any(|step| is_there(&graph, step));
+    if ours || lives == Some(true) { Ok(Qemu::Same(Box::new(session))) } else { Ok(Qemu::Gone) }
+}
+
+/// Whether QEMU has something of a step's name.
+fn is_there(graph: &Graph, step: &Step) -> bool {
+    match step {
         Step::Node { name } | Step::Filter { name, .. } => graph.node(name).is_some(),
         Step::Export { id } => graph.exports.iter().any(|e| e.id == *id),
         Step::Bitmap { node, name, .. } => graph.bitmap(node, name).is_some(),
         _ => false,
-    });
-    if ours || lives == Some(true) { Ok(Qemu::Same(Box::new(session))) } else { Ok(Qemu::Gone) }
+    }
 }
 
 /// Lets a guest run that is paused. `false` when it was not paused (any more).
