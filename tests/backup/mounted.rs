@@ -3,7 +3,7 @@
 use crate::rig::{Bus, DiskSpec, Format, Io, Kind, MIB, Site, Style, VmBuilder, make_ext4, no_files_left};
 use nix::{
     errno::Errno,
-    mount::{MntFlags, umount2},
+    mount::{MntFlags, MsFlags, mount as mount_device, umount2},
     sys::signal::{Signal, kill},
     unistd::{Pid, Whence, lseek},
 };
@@ -62,13 +62,20 @@ fn is_mounted(dir: &Path) -> bool {
     fs::read_to_string("/proc/mounts").unwrap().lines().any(|line| line.split(' ').nth(1) == Some(&escaped))
 }
 
-/// Mounts the latest archive; `None`, with the reason printed, where nothing can be mounted.
+/// Mounts the latest archive; see [`mount_from`].
 fn mount(site: &Site, dir: &Path) -> Option<Served> {
+    mount_from(site, dir, &[])
+}
+
+/// Mounts the latest archive of a target; `None`, with the reason printed, where nothing can be mounted.
+fn mount_from(site: &Site, dir: &Path, more: &[&str]) -> Option<Served> {
     if !Path::new("/dev/fuse").exists() {
         eprintln!("skipped: there is no /dev/fuse");
         return None;
     }
-    let mut child = site.program.spawn(&["mount", "latest", &dir.display().to_string(), "--guest", site.guest()]);
+    let place = dir.display().to_string();
+    let words = [&["mount", "latest", &place, "--guest", site.guest()], more].concat();
+    let mut child = site.program.spawn(&words);
     let mut line = String::new();
     BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
     if !line.is_empty() {
@@ -293,40 +300,95 @@ fn a_server_that_hangs_does_not_keep_its_mount() {
     served.ends_with(0);
 }
 
-/// Ends the loop device.
-struct Loop(String);
+/// Ends a loop device, and the file system on it.
+struct Loop {
+    device: String,
+    mounted: Option<PathBuf>,
+}
 
 impl Drop for Loop {
     fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+        if let Some(path) = &self.mounted {
+            let _ = umount2(path, MntFlags::MNT_DETACH);
+        }
+        let _ = Command::new("losetup").args(["-d", &self.device]).status();
     }
 }
 
+const KEPT: &str = "what the guest keeps\n";
+
+/// By the kernel: the image as a block device, and its file system.
+fn check_loop_mount(file: &str, image: &Path, room: &Path) {
+    let mut losetup = Command::new("losetup");
+    losetup.args(["--read-only", "--find", "--show", file]).stderr(Stdio::piped());
+    let device = match losetup.output() {
+        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).trim().to_owned(),
+        Ok(output) => return eprintln!("skipped: no loop device: {}", String::from_utf8_lossy(&output.stderr)),
+        Err(error) => return eprintln!("skipped: no losetup: {error}"),
+    };
+    let mut device = Loop { device, mounted: None };
+    run("e2fsck", &["-fn", &device.device]);
+    run("cmp", &[&device.device, &image.display().to_string()]);
+    let place = room.join("loop");
+    fs::create_dir_all(&place).unwrap();
+    match mount_device(Some(device.device.as_str()), &place, Some("ext4"), MsFlags::MS_RDONLY, Some("noload")) {
+        Ok(()) => {
+            device.mounted = Some(place.clone());
+            assert_eq!(fs::read_to_string(place.join("file")).unwrap(), KEPT);
+        }
+        Err(error) => eprintln!("skipped: loop devices cannot be mounted here: {error}"),
+    }
+}
+
+/// What `qemu-img`, `e2fsck`, `debugfs` and the kernel's loop device make of an archive's disk, whose content is `image`.
+fn check_programs(file: &Path, image: &Path, room: &Path) {
+    let [file, original, converted] =
+        [file, image, &room.join("converted.qcow2")].map(|path| path.display().to_string());
+    let info = run("qemu-img", &["info", "--output=json", &file]);
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    assert_eq!(info["format"].as_str(), Some("raw"));
+    assert_eq!(info["virtual-size"].as_u64(), Some(fs::metadata(image).unwrap().len()));
+    run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &file, &converted]);
+    run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", &converted, &original]);
+    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", &file, &original]);
+    run("e2fsck", &["-fn", &file]);
+    assert_eq!(run("debugfs", &["-R", "cat /file", &file]), KEPT);
+    check_loop_mount(&file, image, room);
+}
+
 #[test]
-fn a_file_system_in_a_mounted_archive_is_sound() {
+fn a_file_system_in_a_mounted_archive_of_every_provider_is_sound() {
     let room = tempfile::tempdir().unwrap();
     let (tree, image) = (room.path().join("tree"), room.path().join("ext4.raw"));
     fs::create_dir(&tree).unwrap();
-    fs::write(tree.join("file"), "what the guest keeps\n").unwrap();
+    fs::write(tree.join("file"), KEPT).unwrap();
     make_ext4(&image, 64 * MIB, Some(&tree));
     let scsi0 = DiskSpec { content: Some(image.clone()), ..DiskSpec::new("scsi0", 64 * MIB) };
     let virtio1 = DiskSpec::new("virtio1", 8 * MIB);
     let site = Site::new(Kind::Stock, VmBuilder::new().disk_spec(scsi0).disk_spec(virtio1));
-    site.backup(&[]).ok();
+    let root = site.program.dir().display().to_string();
+    site.program.configure(&format!(
+        "[target.images]\nprovider = 'directory'\npath = '{root}/images'\n\
+         [target.attic]\nprovider = 'borg'\nrepository = '{root}/attic'\nencryption = 'none'\n"
+    ));
     let dir = mount_point(&site);
-    let Some(served) = mount(&site, &dir) else { return };
-    let file = served.file("scsi0").display().to_string();
-    run("e2fsck", &["-fn", &file]);
-    assert_eq!(run("debugfs", &["-R", "cat /file", &file]), "what the guest keeps\n");
-    let device =
-        Command::new("losetup").args(["--read-only", "--find", "--show", &file]).stderr(Stdio::piped()).output();
-    match device {
-        Ok(output) if output.status.success() => {
-            let device = Loop(String::from_utf8_lossy(&output.stdout).trim().to_owned());
-            run("e2fsck", &["-fn", &device.0]);
-            run("cmp", &[&device.0, &image.display().to_string()]);
+    for target in ["local", "images", "attic"] {
+        if target == "attic" && !Path::new("/usr/bin/borg").exists() {
+            eprintln!("skipped: there is no /usr/bin/borg");
+            continue;
         }
-        Ok(output) => eprintln!("skipped: no loop device: {}", String::from_utf8_lossy(&output.stderr)),
-        Err(error) => eprintln!("skipped: no losetup: {error}"),
+        site.program.run(&["target", "init", target]).ok();
+        // Twice, so that what is mounted comes from two archives.
+        site.backup(&["-t", target]).ok();
+        site.vm.write("virtio1", 2 * MIB, MIB, 0x61);
+        site.backup(&["-t", target, "--require-incremental"]).ok();
+        let Some(mut served) = mount_from(&site, &dir, &["-t", target]) else { return };
+        check_programs(&served.file("scsi0"), &image, room.path());
+        let virtio1 = fs::read(served.file("virtio1")).unwrap();
+        let written = virtio1.iter().enumerate().filter(|(_, byte)| **byte != 0).map(|(at, _)| at as u64);
+        assert!(written.clone().min() == Some(2 * MIB) && written.max() == Some(3 * MIB - 1), "{target}");
+        site.program.run(&["umount", &dir.display().to_string()]).ok();
+        served.ends_with(0);
     }
+    site.assert_nothing_left();
 }
