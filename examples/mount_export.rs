@@ -48,7 +48,7 @@ async fn main() -> Result<()> {
         },
     );
     let dir = std::path::PathBuf::from(dir);
-    let mount = tokio::task::spawn_blocking(move || Mount::start(&dir, view, MountOptions::default())).await??;
+    let mount = tokio::task::spawn_blocking(move || Mount::start(&dir, view, MountOptions::of_export())).await??;
     println!("mounted");
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     tokio::select! {

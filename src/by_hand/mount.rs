@@ -115,7 +115,7 @@ pub async fn mount(dirs: &Dirs, guest: &GuestId, wanted: Showing, events: Events
                 images.push(disk.image());
             }
             let view = ImageView::new(images, options);
-            start(&journal, &step, move || Mount::start(&path, view, MountOptions::default())).await?
+            start(&journal, &step, move || Mount::start(&path, view, MountOptions::of_export())).await?
         }
         View::Segment => {
             if opened.len() > MAX_DISKS {

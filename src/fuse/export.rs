@@ -24,7 +24,7 @@ use tokio::task::JoinSet;
 const MOST_WAITING: usize = 1 << 16;
 
 /// Bytes of buffers that are kept for the next reads.
-const IDLE_BUFFERS: usize = 8 << 20;
+const IDLE_BUFFERS: usize = 2 << 20;
 
 /// What is particular about an export.
 #[derive(Clone, Copy, Debug)]
@@ -194,8 +194,10 @@ impl Image for ExportImage {
     }
 
     fn caching(&self) -> Caching {
-        // The kernel would read ahead into what cannot be read, and cut a file short where a read is.
-        Caching::Direct
+        // Where something cannot be read, now or after a discard, the kernel would read ahead into that, and cut the file short
+        // where a read is.
+        let whole = self.content.iter().all(|extent| extent.state != Content::Clean);
+        if whole && self.punching() == Punch::Refused { Caching::Cached } else { Caching::Direct }
     }
 
     fn punching(&self) -> Punch {

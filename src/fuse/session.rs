@@ -108,6 +108,13 @@ pub struct MountOptions {
     pub read_only: bool,
 }
 
+impl MountOptions {
+    /// What suits an export whose pages the kernel may keep: more is no faster, and each KiB is one of memory.
+    pub fn of_export() -> Self {
+        Self { read_ahead_kib: Some(512), read_only: false }
+    }
+}
+
 /// How a mount ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unmounted {

@@ -299,7 +299,8 @@ fn an_access_in_use_ends_without_success_only() {
     assert_eq!(status(&site, 0)["state"], "by-hand");
     let run = tear_down(&site, &[]).ok();
     assert!(run.stdout.contains("was in use: its readers get errors"), "{}", run.stdout);
-    assert!(read(&file, 0, MIB).is_err());
+    // The kernel may have kept what was read before.
+    assert!(read(&file, 40 * MIB, MIB).is_err());
     assert!(!is_mounted(&images) && !lives(pid(&told)));
     site.assert_nothing_left();
 }
