@@ -247,6 +247,11 @@ pub trait Provider: Send {
         Mechanism::Segments
     }
 
+    /// Segment length of a disk of `disk_size` bytes when none is configured. A guest whose length changes has a full backup.
+    fn segment_len(&self, disk_size: u64) -> SegmentLen {
+        SegmentLen::for_disk(disk_size)
+    }
+
     /// Where a backup of `guest` mounts something while it runs, for the recovery journal.
     fn mountpoint(&self, _guest: &str) -> Option<PathBuf> {
         None

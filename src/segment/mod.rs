@@ -22,6 +22,9 @@ impl SegmentLen {
     /// Largest length: one blob of the repositories that we create, and Proxmox's bitmap granularity.
     pub const MAX: u64 = 4 << 20;
 
+    /// 1 MiB.
+    pub const MIB: Self = Self(1 << 20);
+
     /// Checks a length in bytes.
     pub fn new(bytes: u64) -> Option<Self> {
         (bytes.is_power_of_two() && (Self::MIN..=Self::MAX).contains(&bytes)).then_some(Self(bytes as u32))
