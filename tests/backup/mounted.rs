@@ -340,6 +340,37 @@ fn check_loop_mount(file: &str, image: &Path, room: &Path) {
     }
 }
 
+/// By libguestfs, which boots a small guest of its own for it.
+fn check_guestmount(file: &str, room: &Path) {
+    if fs::read_dir("/lib/modules").map_or(0, Iterator::count) == 0 {
+        return eprintln!("skipped: guestmount needs a kernel with its modules on this host");
+    }
+    let place = room.join("files");
+    fs::create_dir_all(&place).unwrap();
+    // Not a pipe: what stays in the background keeps it open.
+    let log = room.join("guestmount.log");
+    let mut guestmount = Command::new("guestmount");
+    let pid = room.join("guestmount.pid");
+    guestmount.args(["--ro", "--format=raw", "-a", file, "-m", "/dev/sda", "--pid-file"]).args([&pid, &place]);
+    guestmount
+        .env("LIBGUESTFS_BACKEND", "direct")
+        .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg")
+        .stdout(Stdio::null())
+        .stderr(File::create(&log).unwrap());
+    match guestmount.status() {
+        Ok(status) => assert!(status.success(), "{}", fs::read_to_string(log).unwrap()),
+        Err(error) => return eprintln!("skipped: no guestmount (libguestfs-tools): {error}"),
+    }
+    let kept = fs::read_to_string(place.join("file"));
+    let pid = fs::read_to_string(pid).unwrap();
+    run("guestunmount", &["--retry=20", &place.display().to_string()]);
+    // Until then its guest has the file open.
+    while Path::new("/proc").join(pid.trim()).exists() {
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(kept.unwrap(), KEPT);
+}
+
 /// What `qemu-img`, `e2fsck`, `debugfs` and the kernel's loop device make of an archive's disk, whose content is `image`.
 fn check_programs(file: &Path, image: &Path, room: &Path) {
     let [file, original, converted] =
@@ -384,6 +415,9 @@ fn a_file_system_in_a_mounted_archive_of_every_provider_is_sound() {
         site.backup(&["-t", target, "--require-incremental"]).ok();
         let Some(mut served) = mount_from(&site, &dir, &["-t", target]) else { return };
         check_programs(&served.file("scsi0"), &image, room.path());
+        if target == "local" {
+            check_guestmount(&served.file("scsi0").display().to_string(), room.path());
+        }
         let virtio1 = fs::read(served.file("virtio1")).unwrap();
         let written = virtio1.iter().enumerate().filter(|(_, byte)| **byte != 0).map(|(at, _)| at as u64);
         assert!(written.clone().min() == Some(2 * MIB) && written.max() == Some(3 * MIB - 1), "{target}");
