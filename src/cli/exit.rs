@@ -60,7 +60,8 @@ Exit codes:
   11 locked or busy            26 state left behind (run `pvebackup recover`)
   12 credentials               130/143 signal, after clean teardown";
 
-/// The exit code of a failure: that of something left behind, else that of the first error in its chain that has one, and of a file system without room otherwise.
+/// The exit code of a failure: that of something left behind, else that of the first error in its chain that has one, and of a file
+/// system without room otherwise.
 pub fn code_of(error: &anyhow::Error) -> u8 {
     // As a context it is no link of the chain by itself.
     if error.is::<LeftBehind>() {
