@@ -26,6 +26,7 @@ fn what_a_dead_run_has_left_is_deleted_by_the_next() {
 #[test]
 fn a_wrong_passphrase_a_lock_and_a_missing_repository_are_told_apart() {
     let Some(f) = Fixture::new() else { return };
+    let mut provider = BorgProvider::open(f.options.clone()).unwrap();
     let mut holder = Command::new(program())
         .args(["with-lock", &f.repository().display().to_string(), "cat"])
         .env("BORG_BASE_DIR", f.dir.path().join("user"))
@@ -36,7 +37,6 @@ fn a_wrong_passphrase_a_lock_and_a_missing_repository_are_told_apart() {
     while !f.repository().join("lock.exclusive").exists() {
         std::thread::sleep(Duration::from_millis(20));
     }
-    let mut provider = BorgProvider::open(f.options.clone()).unwrap();
     let locked = provider.repository_id().unwrap_err();
     // It ends when nobody can write to it any more.
     drop(holder.stdin.take());

@@ -114,14 +114,9 @@ impl Borg {
         self.start(call)?.finish(&format!("borg {}", call.verb), MAX_OUTPUT)
     }
 
-    /// Asks borg for its version; [`Self::check_version`] looks at the answer.
-    pub(super) fn ask_version(&self) -> Result<Running, ProviderError> {
-        Running::spawn(self.command("--version"), None, None)
-    }
-
-    /// Looks whether it is a borg, and one that we know.
-    pub(super) fn check_version(&self, asked: Running) -> Result<(), ProviderError> {
-        let finished = asked.finish("borg --version", 1 << 10)?;
+    /// Looks whether there is a borg, and one that we know.
+    pub(super) fn check_version(&self) -> Result<(), ProviderError> {
+        let finished = Running::spawn(self.command("--version"), None, None)?.finish("borg --version", 1 << 10)?;
         let text = String::from_utf8_lossy(&finished.output).trim().to_owned();
         if finished.status.success() && is_known(&text) {
             return Ok(());

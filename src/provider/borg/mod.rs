@@ -51,7 +51,7 @@ use crate::{
     report::{Events, spelled_out},
     segment::{SegmentLen, SegmentTable},
 };
-use command::{Borg, Call, MAX_OUTPUT, Running};
+use command::{Borg, Call};
 use jiff::Timestamp;
 use outcome::Finished;
 use reader::Reader;
@@ -67,8 +67,6 @@ const MAX_MANIFEST: u64 = 16 << 20;
 /// Stores archives in a borg repository.
 pub struct BorgProvider {
     borg: Borg,
-    /// The first question to the repository, which was asked together with borg's version.
-    asked: Option<Result<Finished, ProviderError>>,
     /// The repository's last answer, for who asks next: starting borg takes some tenths of a second, over SSH more than that.
     listed: Option<Listing>,
     added: Option<u64>,
@@ -106,23 +104,15 @@ impl BorgProvider {
     /// # Errors
     /// When there is no borg that we know, or its directories cannot be made.
     pub fn open(options: BorgOptions) -> Result<Self, ProviderError> {
-        let mut provider = Self::prepare(options)?;
-        // Most of borg's time is its start, and nearly every use begins with the list.
-        let (version, list) = (provider.borg.ask_version()?, provider.start_list()?);
-        provider.borg.check_version(version)?;
-        provider.asked = Some(list.finish("borg list", MAX_OUTPUT));
-        Ok(provider)
-    }
-
-    fn prepare(options: BorgOptions) -> Result<Self, ProviderError> {
         let borg = Borg::new(options);
+        borg.check_version()?;
         let options = borg.options();
         for directory in [options.cache(), options.directory.join("view"), options.known_dir()] {
             create_private_dir(&directory).map_err(|e| {
                 ProviderError::caused_by(ErrorKind::Other, format!("cannot create {}", directory.display()), e)
             })?;
         }
-        Ok(Self { borg, asked: None, listed: None, added: None, events: None })
+        Ok(Self { borg, listed: None, added: None, events: None })
     }
 
     /// Creates the repository.
@@ -130,8 +120,7 @@ impl BorgProvider {
     /// # Errors
     /// When there is one already, or it cannot be created.
     pub fn init(options: BorgOptions) -> Result<Self, ProviderError> {
-        let provider = Self::prepare(options)?;
-        provider.borg.check_version(provider.borg.ask_version()?)?;
+        let provider = Self::open(options)?;
         let encryption = provider.borg.options().encryption.clone();
         let finished = provider.borg.run(&Call {
             verb: "init",
@@ -165,22 +154,17 @@ impl BorgProvider {
         }
     }
 
-    fn start_list(&self) -> Result<Running, ProviderError> {
-        let options = ["--json", "--glob-archives", "pve-qemu-*"].map(str::to_owned).into();
-        self.borg.start(&Call { verb: "list", options, ..Call::default() })
-    }
-
-    fn list_archives(&self) -> Result<Finished, ProviderError> {
-        self.start_list()?.finish("borg list", MAX_OUTPUT)
-    }
-
     /// The repository's id, and those of its archives that can be ours.
-    fn listing(&mut self) -> Result<Listing, ProviderError> {
+    fn listing(&self) -> Result<Listing, ProviderError> {
         let what = "the archives cannot be listed";
-        let mut finished = self.asked.take().unwrap_or_else(|| self.list_archives())?;
+        let list = || {
+            let options = ["--json", "--glob-archives", "pve-qemu-*"].map(str::to_owned).into();
+            self.borg.run(&Call { verb: "list", options, ..Call::default() })
+        };
+        let mut finished = list()?;
         if finished.older() {
             self.forget_newer()?;
-            finished = self.list_archives()?;
+            finished = list()?;
         }
         self.succeeded(&finished, what)?;
         serde_json::from_slice(&finished.output).map_err(|e| ProviderError::caused_by(ErrorKind::Other, what, e))

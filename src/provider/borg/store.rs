@@ -229,7 +229,7 @@ impl BorgProvider {
     }
 
     /// Gives the archive its name. Returns the repository's id and the archive's.
-    fn rename(&mut self, from: &str, to: &ArchiveName) -> Result<(String, ArchiveId), ProviderError> {
+    fn rename(&self, from: &str, to: &ArchiveName) -> Result<(String, ArchiveId), ProviderError> {
         let finished = self.borg.run(&Call {
             verb: "rename",
             archive: Some(from),
