@@ -130,16 +130,7 @@ impl Fixture {
     }
 
     pub fn files(&self, below: &str) -> Vec<PathBuf> {
-        let mut found = Vec::new();
-        let mut open = vec![self.repository().join(below)];
-        while let Some(directory) = open.pop() {
-            for entry in fs::read_dir(directory).unwrap() {
-                let path = entry.unwrap().path();
-                if path.is_dir() { open.push(path) } else { found.push(path) }
-            }
-        }
-        found.sort();
-        found
+        files(&self.repository().join(below))
     }
 
     pub fn backup(&mut self, disks: Vec<Disk>) -> Result<Stored, ProviderError> {
@@ -280,4 +271,18 @@ pub fn random(seed: u64) -> impl FnMut(u64) -> u64 {
         reader.fill(&mut word);
         u64::from_le_bytes(word) % below
     }
+}
+
+/// All files below a directory.
+pub fn files(below: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut open = vec![below.to_owned()];
+    while let Some(directory) = open.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { open.push(path) } else { found.push(path) }
+        }
+    }
+    found.sort();
+    found
 }

@@ -450,7 +450,12 @@ fn killed_child() {
     let name = f.provider.backup_init("100", f.clock).unwrap();
     let content: Content = (0..700).map(|i| (i, segment_bytes(1, i))).collect();
     let mut input = f.input(name, vec![Disk::full("scsi0", &content)]);
-    input.manifest = Box::new(|_| {
+    let data = f.repository().join("data");
+    input.manifest = Box::new(move |_| {
+        // The first pack is written by another thread.
+        while files(&data).is_empty() {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
         let me = std::process::id().to_string();
         Command::new("kill").args(["-9", &me]).status().unwrap();
         panic!("still alive");
