@@ -9,7 +9,7 @@ use pvebackup::{
     extent::Extents,
     fuse::{
         ImageView, Mount, MountOptions, ViewOptions,
-        export::{ExportImage, ExportOptions},
+        export::{ExportImage, ExportOptions, LONGEST_READ},
     },
     nbd::{Client, ConnectOptions},
     report::{Events, Json, Output},
@@ -30,7 +30,7 @@ async fn main() -> Result<()> {
         export: export.clone(),
         contexts: Vec::new(),
         deadline: Duration::from_secs(30),
-        longest_read: ConnectOptions::LONGEST_READ,
+        longest_read: LONGEST_READ,
     };
     let mut clients = vec![Client::connect(&options).await?];
     while clients.len() < connections && clients[0].can_multi_conn() {

@@ -22,7 +22,7 @@ use crate::{
     backup::{Cancelled, LeftBehind, Selection, recover_leftover},
     config::Dirs,
     copy::{self, CopyError, DiskMap},
-    fuse::FuseError,
+    fuse::{FuseError, export::LONGEST_READ},
     generation::{self, Facts, Record},
     guest::{Disk, Guest, GuestError, GuestId, GuestKind},
     journal::{Journal, JournalError, ProcessIdentity, Step, look},
@@ -386,7 +386,7 @@ fn connection(socket: &Path, disk: &DiskAccess, contexts: Vec<String>) -> Connec
         export: disk.export.clone(),
         contexts,
         deadline: NBD_DEADLINE,
-        longest_read: disk.largest_request.unwrap_or(ConnectOptions::LONGEST_READ),
+        longest_read: disk.largest_request.unwrap_or(LONGEST_READ),
     }
 }
 

@@ -23,6 +23,10 @@ use tokio::task::JoinSet;
 /// the fleecing image.
 const MOST_WAITING: usize = 1 << 16;
 
+/// Bytes of the longest read that an export should be asked for on behalf of readers of files. QEMU takes the buffer of a longer one
+/// from the system, which costs it a third more work; a backup reads more at a time and gets more for it.
+pub const LONGEST_READ: u32 = 128 << 10;
+
 /// Bytes of buffers that are kept for the next reads.
 const IDLE_BUFFERS: usize = 2 << 20;
 
