@@ -115,6 +115,11 @@ impl Witness {
         Ok(now.is_file().then_some(witness))
     }
 
+    /// Bytes that the image takes up now.
+    pub fn bytes(&self) -> u64 {
+        fs::symlink_metadata(&self.path).map_or(0, |meta| meta.blocks().saturating_mul(512))
+    }
+
     /// What became of the image, when it is not the one that it was: for people.
     pub fn harm(&self) -> Option<String> {
         let image = self.path.display();
@@ -140,7 +145,6 @@ const TAIL: u64 = 4096;
 pub struct FleecingImages {
     directory: PathBuf,
     format: FleecingFormat,
-    paths: Vec<PathBuf>,
     witnesses: Vec<Option<Witness>>,
 }
 
@@ -163,7 +167,7 @@ impl FleecingImages {
         if directory.to_str().is_none() {
             return Err(fleecing(io::Error::new(io::ErrorKind::InvalidInput, "the path is not UTF-8")));
         }
-        Ok(Self { directory, format, paths: Vec::new(), witnesses: Vec::new() })
+        Ok(Self { directory, format, witnesses: Vec::new() })
     }
 
     /// Whether `images` images have room. Returns a warning when there is little.
@@ -210,7 +214,6 @@ impl FleecingImages {
             doing: "created",
             source,
         };
-        self.paths.push(path.to_owned());
         let format = self.format;
         let target = path.to_owned();
         let made = move || -> io::Result<fs::File> {
@@ -263,7 +266,7 @@ impl FleecingImages {
 
     /// Bytes that the images take up now.
     pub fn bytes(&self) -> u64 {
-        self.paths.iter().filter_map(|p| fs::symlink_metadata(p).ok()).map(|m| m.blocks().saturating_mul(512)).sum()
+        self.witnesses.iter().flatten().map(Witness::bytes).sum()
     }
 }
 

@@ -4,6 +4,7 @@
 //! the same thing: for every disk an export, its size, its bitmap context, and what was done with the bitmap and why.
 
 pub mod by_hand;
+mod exported_bitmap;
 pub mod fleecing;
 pub mod fleecing_volume;
 pub mod freeze;

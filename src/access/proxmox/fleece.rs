@@ -18,8 +18,7 @@ use crate::{
     report::Events,
 };
 use std::{
-    fs, io,
-    os::unix::fs::MetadataExt,
+    io,
     path::{Path, PathBuf},
 };
 
@@ -28,8 +27,8 @@ use std::{
 pub enum Place {
     /// A directory.
     Directory(FleecingImages),
-    /// A storage of Proxmox VE, and the volumes made so far.
-    Storage(Storage, StorageStatus, Vec<PathBuf>, Vec<Option<Witness>>),
+    /// A storage of Proxmox VE, and the volumes made so far, `None` for those that are no files.
+    Storage(Storage, StorageStatus, Vec<Option<Witness>>),
 }
 
 impl Place {
@@ -55,7 +54,7 @@ impl Place {
                 if available < floor.warn {
                     events.warn(format!("only {} MiB are free for fleecing images in storage {name}", available >> 20));
                 }
-                Ok(Self::Storage(storage, status, Vec::new(), Vec::new()))
+                Ok(Self::Storage(storage, status, Vec::new()))
             }
         }
     }
@@ -64,12 +63,7 @@ impl Place {
     pub fn bytes(&self) -> u64 {
         match self {
             Self::Directory(images) => images.bytes(),
-            Self::Storage(_, _, paths, _) => paths
-                .iter()
-                .filter_map(|path| fs::metadata(path).ok())
-                .filter(fs::Metadata::is_file)
-                .map(|meta| meta.blocks().saturating_mul(512))
-                .sum(),
+            Self::Storage(_, _, volumes) => volumes.iter().flatten().map(Witness::bytes).sum(),
         }
     }
 
@@ -77,7 +71,7 @@ impl Place {
     pub fn witnesses(&self) -> &[Option<Witness>] {
         match self {
             Self::Directory(images) => images.witnesses(),
-            Self::Storage(_, _, _, witnesses) => witnesses,
+            Self::Storage(_, _, volumes) => volumes,
         }
     }
 
@@ -99,14 +93,13 @@ impl Place {
                 images.create(&path, &disk.name, size, owner).await?;
                 Ok(images.node(&node, &path, size))
             }
-            Self::Storage(storage, status, paths, witnesses) => {
+            Self::Storage(storage, status, volumes) => {
                 let label = format!("fleece-{}-{number}", plan.generation);
                 let (volume, name) = storage.volume(status, plan.guest.id.as_str(), &label);
                 journal.record(&Step::FleecingVolume { volume: volume.clone(), pvesm: plan.pvesm.clone() })?;
                 storage.alloc(plan.guest.id.as_str(), &name, &volume, size).await?;
                 let path = storage.path(&volume).await?;
-                paths.push(path.clone());
-                witnesses.push(Witness::of(&path).map_err(|source| AccessError::Fleecing {
+                volumes.push(Witness::of(&path).map_err(|source| AccessError::Fleecing {
                     image: volume.clone(),
                     disk: Some(disk.name.clone()),
                     doing: "found",

@@ -15,10 +15,9 @@ pub(super) use undo::undo_in_qemu;
 pub use undo::{Undone, undo};
 
 use super::{
-    AccessError, AccessPlan, AccessReport, ActiveAccess, ExportMode, SnapshotAccess, Teardown,
+    AccessError, AccessPlan, AccessReport, ActiveAccess, ExportMode, SnapshotAccess, Teardown, exported_bitmap,
     fleecing::{Owner, Witness},
     graph::Graph,
-    stock::bitmap,
 };
 use crate::{
     archive::Consistency,
@@ -26,7 +25,7 @@ use crate::{
     qmp::{
         Qmp, Session,
         command::{
-            block::{Bitmap, BlockExportAdd, NbdServerStart, Transaction},
+            block::{Bitmap, BlockExportAdd, NbdServerStart},
             proxmox::{AccessBitmapMode, BackupAccessSetup, BackupAccessTeardown},
         },
     },
@@ -200,17 +199,12 @@ impl ProxmoxAccess {
 
     async fn export(&self, session: &mut Session, accessed: &Accessed) -> Result<(), AccessError> {
         let disk = &accessed.disk;
-        // An exported bitmap of the disk's own node is what makes a resize and a teardown dangerous, so only a bitmap that is
-        // read is exported, and a copy of it on the snapshot's node, with which it goes.
+        // Only a bitmap that is read is exported.
         let mut bitmaps = Vec::new();
         if let (Some(_), Some(node)) = (&disk.dirty_context, &disk.bitmap_node) {
             let frozen = Bitmap { node: node.clone(), name: self.plan.target.clone() };
-            let actions = bitmap::copy(frozen, &accessed.node, BITMAP_GRANULARITY as u32);
-            session
-                .execute(&Transaction { actions })
-                .await
-                .map_err(AccessError::qmp("cannot copy the dirty bitmap", Some(&disk.name)))?;
-            bitmaps.push(Bitmap { node: accessed.node.clone(), name: self.plan.target.clone() });
+            let granularity = BITMAP_GRANULARITY as u32;
+            bitmaps.push(exported_bitmap::copy(session, frozen, &accessed.node, granularity, &disk.name).await?);
         }
         self.journal.record(&Step::Export { id: disk.export.clone() })?;
         let export = BlockExportAdd {

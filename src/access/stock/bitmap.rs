@@ -113,16 +113,6 @@ pub(in crate::access) fn settle(
     changes.into_iter().map(|change| action(change, node, 0)).collect()
 }
 
-/// Actions that put a copy of a bitmap on another node, of which it takes its name. QEMU aborts, and the guest with it, when a
-/// disk is resized while a bitmap of its own node is exported.
-pub(in crate::access) fn copy(old: Bitmap, onto: &str, granularity: u32) -> Vec<Action> {
-    let (node, name) = (onto.to_owned(), old.name.clone());
-    vec![
-        Action::BitmapAdd(BitmapAdd { node: node.clone(), name: name.clone(), granularity, disabled: true }),
-        Action::BitmapMerge(BitmapMerge { node, target: name, bitmaps: vec![old] }),
-    ]
-}
-
 /// `granularity` is for a bitmap that is added.
 fn action(change: Change<'_>, node: &str, granularity: u32) -> Action {
     let bitmap = |name: &str| Bitmap { node: node.to_owned(), name: name.to_owned() };

@@ -15,7 +15,7 @@ mod transaction;
 
 use super::{
     AccessError, AccessPlan, AccessReport, ActiveAccess, BitmapAction, DiskAccess, ExportMode, SnapshotAccess,
-    Teardown,
+    Teardown, exported_bitmap,
     fleecing::{FleecingImages, Floor, Owner, Witness},
     freeze::{FreezeOutcome, Freezer},
     graph::Graph,
@@ -28,9 +28,7 @@ use crate::{
     journal::{Journal, ProcessIdentity, Step},
     qmp::{
         Qmp, QmpError, Session,
-        command::block::{
-            Bitmap, BlockExportAdd, BlockdevAdd, Driver, HumanMonitorCommand, NbdServerStart, NodeRef, Transaction,
-        },
+        command::block::{Bitmap, BlockExportAdd, BlockdevAdd, Driver, HumanMonitorCommand, NbdServerStart, NodeRef},
     },
 };
 use async_trait::async_trait;
@@ -401,14 +399,9 @@ impl StockAccess {
             let mut bitmaps = Vec::new();
             if let Some(old) = &subject.bitmap.old {
                 let old = Bitmap { node: subject.root.clone(), name: old.clone() };
-                let copy = Bitmap { node: subject.snapshot.clone(), name: old.name.clone() };
-                // It goes with the node.
-                let actions = bitmap::copy(old, &subject.snapshot, subject.bitmap.granularity as u32);
-                session
-                    .execute(&Transaction { actions })
-                    .await
-                    .map_err(AccessError::qmp("cannot copy the dirty bitmap", name))?;
-                bitmaps.push(copy);
+                let granularity = subject.bitmap.granularity as u32;
+                let (snapshot, disk) = (&subject.snapshot, &subject.disk.name);
+                bitmaps.push(exported_bitmap::copy(session, old, snapshot, granularity, disk).await?);
             }
             self.record(&Step::Export { id: subject.export.clone() })?;
             session
