@@ -157,8 +157,7 @@ impl Flow<'_> {
         let repository = self.provider.run(|p| p.repository_id()).await?;
         let (record, no_record) =
             Record::load(&self.options.dirs.generations(), &self.options.target, self.guest.id.as_str());
-        let lens = plan::segment_lens(&disks, self.options, self.provider).await?;
-        let judged = plan::judge(&disks, lens, (&record, no_record), &repository, qemu.as_ref(), self.options);
+        let judged = plan::judge(&disks, (&record, no_record), &repository, qemu.as_ref(), self.options);
         self.ground = Some(Ground { disks, skipped, qemu, repository, record, judged, baselines: Vec::new() });
         Ok(Ended::Done)
     }

@@ -26,7 +26,7 @@ use crate::{
     guest::Guest,
     provider::Outcome,
     report::{Event, Events, RunLog, Summary},
-    segment::SegmentLen,
+    segment::SegmentLens,
 };
 use anyhow::Result;
 use std::{
@@ -61,7 +61,7 @@ pub struct Options {
     /// How long to wait for another client of the QMP socket.
     pub lock_wait: Duration,
     /// Segment length for disks without a base, or by the disk's size.
-    pub segment_len: Option<SegmentLen>,
+    pub segment_lens: SegmentLens,
     /// Bytes a second to read at most.
     pub rate: Option<u64>,
     /// Which archives of the guest are kept after a backup; all if not set.

@@ -47,17 +47,7 @@ pub enum Baseline {
     Full {
         /// Why.
         reason: String,
-        /// Segment length.
-        segment_len: SegmentLen,
     },
-}
-
-impl Baseline {
-    pub(super) fn segment_len(&self) -> SegmentLen {
-        match self {
-            Self::Archive { segment_len, .. } | Self::Full { segment_len, .. } => *segment_len,
-        }
-    }
 }
 
 /// An incremental backup was demanded and is not possible.
@@ -70,12 +60,13 @@ pub struct FullNeeded {
     pub reason: String,
 }
 
-/// What the record says about a disk.
-pub(super) struct Prospect {
-    segment_len: SegmentLen,
-    /// The archive to ask for and the bitmap, or why the disk is read in full.
-    candidate: Result<Candidate, String>,
+/// Segment length of a disk that has no baseline.
+pub(super) fn segment_len(disk: &Disk, options: &Options) -> SegmentLen {
+    options.segment_lens.of(disk.size)
 }
+
+/// What the record says about a disk: the archive to ask for and the bitmap, or why the disk is read in full.
+pub(super) type Prospect = Result<Candidate, String>;
 
 /// An archive and a bitmap whose record matches the present.
 #[derive(Clone, Debug)]
@@ -84,29 +75,16 @@ pub(super) struct Candidate {
     query: DiskQuery,
 }
 
-/// How long segments are on each disk: as configured, or as suits the target.
-pub(super) async fn segment_lens(
-    disks: &[Disk],
-    options: &Options,
-    provider: &mut ProviderThread,
-) -> Result<Vec<SegmentLen>> {
-    if let Some(configured) = options.segment_len {
-        return Ok(vec![configured; disks.len()]);
-    }
-    let sizes: Vec<u64> = disks.iter().map(|disk| disk.size).collect();
-    provider.run(move |p| Ok(sizes.into_iter().map(|size| p.segment_len(size)).collect())).await
-}
-
 /// Compares the record with the present, disk by disk.
 pub(super) fn judge(
     disks: &[Disk],
-    segment_lens: Vec<SegmentLen>,
     (record, no_record): (&Record, Option<String>),
     repository: &str,
     qemu: Option<&ProcessIdentity>,
     options: &Options,
 ) -> Vec<Prospect> {
-    let judge = |disk: &Disk, segment_len: SegmentLen| {
+    let judge = |disk: &Disk| {
+        let segment_len = segment_len(disk, options);
         let old = match (&no_record, qemu) {
             _ if options.full => Err("a full backup was asked for".to_owned()),
             (Some(reason), _) => Err(reason.clone()),
@@ -116,28 +94,25 @@ pub(super) fn judge(
         let query = DiskQuery { name: disk.name.clone(), size: disk.size, segment_len, base: old.archive.clone() };
         Ok(Candidate { bitmap: old.bitmap.clone(), query })
     };
-    let prospect = |(disk, segment_len)| Prospect { segment_len, candidate: judge(disk, segment_len) };
-    disks.iter().zip(segment_lens).map(prospect).collect()
+    disks.iter().map(judge).collect()
 }
 
 /// Asks the provider for the archives. What it does not confirm now is not built on.
 pub(super) async fn confirm(judged: Vec<Prospect>, provider: &mut ProviderThread) -> Result<Vec<Baseline>> {
-    let queries: Vec<DiskQuery> =
-        judged.iter().filter_map(|prospect| Some(prospect.candidate.as_ref().ok()?.query.clone())).collect();
+    let queries: Vec<DiskQuery> = judged.iter().flatten().map(|candidate| candidate.query.clone()).collect();
     let mut answers = Vec::new().into_iter();
     if !queries.is_empty() {
         answers = provider.run(move |p| p.query_incremental(&queries)).await?.into_iter();
     }
-    let baseline = |Prospect { segment_len, candidate }| {
-        let full = |reason| Baseline::Full { reason, segment_len };
-        match candidate {
-            Err(reason) => full(reason),
-            Ok(Candidate { bitmap, query }) => match answers.next() {
-                Some(Incremental::Use(table)) => Baseline::Archive { archive: query.base, table, bitmap, segment_len },
-                Some(Incremental::New(reason)) => full(reason),
-                None => full("the target gave no answer".into()),
-            },
-        }
+    let baseline = |prospect: Prospect| match prospect {
+        Err(reason) => Baseline::Full { reason },
+        Ok(Candidate { bitmap, query }) => match answers.next() {
+            Some(Incremental::Use(table)) => {
+                Baseline::Archive { archive: query.base, table, bitmap, segment_len: query.segment_len }
+            }
+            Some(Incremental::New(reason)) => Baseline::Full { reason },
+            None => Baseline::Full { reason: "the target gave no answer".into() },
+        },
     };
     Ok(judged.into_iter().map(baseline).collect())
 }
@@ -145,7 +120,7 @@ pub(super) async fn confirm(judged: Vec<Prospect>, provider: &mut ProviderThread
 /// The first disk that has to be read in full, and why.
 pub(super) fn first_full(disks: &[Disk], baselines: &[Baseline]) -> Option<(String, String)> {
     disks.iter().zip(baselines).find_map(|(disk, baseline)| match baseline {
-        Baseline::Full { reason, .. } => Some((disk.name.clone(), reason.clone())),
+        Baseline::Full { reason } => Some((disk.name.clone(), reason.clone())),
         Baseline::Archive { .. } => None,
     })
 }
@@ -164,7 +139,7 @@ pub(super) fn access_plan(
             Baseline::Archive { bitmap, .. } => BitmapMode::Use(bitmap.clone()),
             Baseline::Full { .. } => BitmapMode::New,
         },
-        granularity: baseline.segment_len().bytes() as u32,
+        granularity: baseline_len(baseline, disk, options).bytes() as u32,
     });
     Ok(AccessPlan {
         guest: guest.clone(),
@@ -179,6 +154,14 @@ pub(super) fn access_plan(
         exports: ExportMode::Trim,
         pvesm: options.pvesm.clone(),
     })
+}
+
+/// Segment length of a disk.
+pub(super) fn baseline_len(baseline: &Baseline, disk: &Disk, options: &Options) -> SegmentLen {
+    match baseline {
+        Baseline::Archive { segment_len, .. } => *segment_len,
+        Baseline::Full { .. } => segment_len(disk, options),
+    }
 }
 
 /// What QEMU knows a target as.

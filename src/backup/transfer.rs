@@ -1,6 +1,6 @@
 //! From the snapshot access into the provider: every disk's map, the streams, the manifest.
 
-use super::{Baseline, Cancelled, Options, ProviderThread};
+use super::{Baseline, Cancelled, Options, ProviderThread, plan::baseline_len};
 use crate::{
     access::{ActiveAccess, BitmapAction, DiskAccess, SnapshotAccess},
     archive::{ArchiveId, ArchiveName, DiskEntry, Manifest, SkippedDisk},
@@ -118,13 +118,13 @@ impl Transfer<'_> {
         };
         let allocation = connect(vec!["base:allocation".into()]).await?;
         let map = copy::read_map(access, dirty.as_ref(), Some(&allocation)).await?;
-        let segment_len = baseline.segment_len();
+        let segment_len = baseline_len(&baseline, disk, self.options);
         let (base, reason) = match (baseline, access.action) {
             (Baseline::Archive { archive, table, .. }, BitmapAction::Used) => {
                 (Some((archive, table)), access.reason.clone())
             }
             (Baseline::Archive { .. }, _) => (None, access.reason.clone()),
-            (Baseline::Full { reason, .. }, _) => (None, reason),
+            (Baseline::Full { reason }, _) => (None, reason),
         };
         if base.is_none() && map.dirty_bytes != access.size {
             bail!("disk `{}`: QEMU shows {} of {} bytes, but all are needed", disk.name, map.dirty_bytes, access.size);

@@ -29,7 +29,7 @@ use crate::{
     nbd::{Client, ConnectOptions, NbdError},
     qmp::Qmp,
     report::{Event, Events, Phase},
-    segment::SegmentLen,
+    segment::{SegmentLen, SegmentLens},
 };
 use anyhow::{Context, Result, bail};
 use std::{
@@ -80,7 +80,7 @@ pub struct Options {
     /// How long to wait for another client of the QMP socket.
     pub lock_wait: Duration,
     /// Segment length of backups, if configured: bitmaps get it as granularity.
-    pub segment_len: Option<SegmentLen>,
+    pub segment_lens: SegmentLens,
     /// Program that manages Proxmox storages.
     pub pvesm: PathBuf,
 }
@@ -233,7 +233,7 @@ fn plan(
         other => (target_id(guest.kind, *other != Bitmap::None), (Record::default(), None)),
     };
     let disk_plan = |disk: &Disk| {
-        let segment_len = options.segment_len.unwrap_or_else(|| SegmentLen::for_disk(disk.size));
+        let segment_len = options.segment_lens.of(disk.size);
         let bitmap = match &options.bitmap {
             Bitmap::None => BitmapMode::None,
             Bitmap::New => BitmapMode::New,

@@ -21,7 +21,7 @@ use crate::{
     journal::{Journal, ProcessIdentity, Step},
     nbd::Client,
     report::Events,
-    segment::{Content, SegmentLen},
+    segment::{Content, SegmentLens},
 };
 use anyhow::{Context, Result, bail};
 use std::{
@@ -77,7 +77,7 @@ pub struct Showing {
     /// How.
     pub view: View,
     /// The configured length of segments.
-    pub segment_len: Option<SegmentLen>,
+    pub segment_lens: SegmentLens,
     /// This process's log, which goes with the mount.
     pub log: Option<PathBuf>,
 }
@@ -104,7 +104,7 @@ pub async fn mount(dirs: &Dirs, guest: &GuestId, wanted: Showing, events: Events
     let options = ViewOptions { deadline: NBD_DEADLINE, time: kept.since.into(), events };
     let mut disks = Vec::with_capacity(opened.len());
     let server = ProcessIdentity::of(nix::unistd::getpid().as_raw()).context("cannot read /proc")?;
-    let Showing { dir, view, segment_len, log } = wanted;
+    let Showing { dir, view, segment_lens, log } = wanted;
     let path = spawn_blocking(move || mounts::absolute(&dir)).await??;
     let step = Step::Served { path: path.clone(), server, log };
     let mount = match view {
@@ -123,7 +123,7 @@ pub async fn mount(dirs: &Dirs, guest: &GuestId, wanted: Showing, events: Events
             }
             let mut cut = Vec::with_capacity(opened.len());
             for disk in opened {
-                let len = segment_len.unwrap_or_else(|| SegmentLen::for_disk(disk.access.size));
+                let len = segment_lens.of(disk.access.size);
                 if len.count(disk.access.size) > MAX_SEGMENTS {
                     bail!("disk `{}` has too many segments; configure longer ones", disk.access.name);
                 }

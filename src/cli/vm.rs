@@ -7,6 +7,7 @@ use crate::{
     backup::{self, Options, ProviderThread, Selection},
     config::{TargetTable, create_private_dir, size},
     guest::{self, Guest, GuestError, GuestId},
+    provider::{for_target, least_segment},
     report::{Event, Events, Monitor},
 };
 use anyhow::{Context as _, Result};
@@ -89,7 +90,7 @@ pub(super) async fn run(args: VmArgs, context: Context) -> Result<u8> {
     let options = options(&args, &context, target.clone(), &table)?;
     let dirs = context.dirs.clone();
     let warnings = Arc::new(Counting { inner: context.monitor.clone(), warnings: AtomicUsize::new(0) });
-    let provider = tokio::task::spawn_blocking(move || crate::provider::for_target(&target, &table, &dirs)).await??;
+    let provider = tokio::task::spawn_blocking(move || for_target(&target, &table, &dirs)).await??;
     let mut provider = ProviderThread::new(provider);
     provider.run(|p| p.job_init(jiff::Timestamp::now())).await?;
 
@@ -171,7 +172,7 @@ fn options(args: &VmArgs, context: &Context, target: String, table: &TargetTable
         // Above the 45 s after which QEMU gives up a stalled fleecing image.
         nbd_timeout: defaults.nbd_timeout.unwrap_or(Duration::from_mins(2)),
         lock_wait: args.lockwait.or(defaults.lockwait).unwrap_or(Duration::from_mins(1)),
-        segment_len: context.config.segment_len()?,
+        segment_lens: context.config.segment_lens()?.at_least(least_segment(table)),
         rate: args
             .bwlimit
             .as_deref()

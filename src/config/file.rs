@@ -3,6 +3,7 @@
 use crate::{
     access::{FleecingFormat, FreezeMode},
     archive::Retention,
+    segment::{SegmentLen, SegmentLens},
 };
 use serde::Deserialize;
 use std::{
@@ -271,17 +272,17 @@ impl Config {
                 return bad(format!("guest.{name}"), "a number is the VMID of a Proxmox VE guest");
             }
         }
-        self.segment_len().map(drop)
+        self.segment_lens().map(drop)
     }
 
-    /// The configured segment length.
+    /// Segment lengths, as far as the configuration says.
     ///
     /// # Errors
     /// When it is no power of two between 64 KiB and 4 MiB.
-    pub fn segment_len(&self) -> Result<Option<crate::segment::SegmentLen>, ConfigError> {
-        let Some(text) = &self.defaults.segment_size else { return Ok(None) };
-        let bytes = super::size::parse_bytes(text).ok().and_then(crate::segment::SegmentLen::new);
-        bytes.map(Some).ok_or_else(|| ConfigError::Value {
+    pub fn segment_lens(&self) -> Result<SegmentLens, ConfigError> {
+        let Some(text) = &self.defaults.segment_size else { return Ok(SegmentLens::new(None)) };
+        let bytes = super::size::parse_bytes(text).ok().and_then(SegmentLen::new);
+        bytes.map(|len| SegmentLens::new(Some(len))).ok_or_else(|| ConfigError::Value {
             what: "defaults.segment-size".into(),
             why: format!("`{text}` is no power of two from 64KiB to 4MiB"),
         })

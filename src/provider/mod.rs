@@ -18,7 +18,7 @@ pub mod restic;
 mod target;
 
 pub use reach::Reach;
-pub use target::{for_target, init_target};
+pub use target::{for_target, init_target, least_segment};
 
 use crate::{
     archive::{ArchiveId, ArchiveName, Manifest},
@@ -245,11 +245,6 @@ pub trait Provider: Send {
     /// How the disks are wanted.
     fn mechanism(&self) -> Mechanism {
         Mechanism::Segments
-    }
-
-    /// Segment length of a disk of `disk_size` bytes when none is configured. A guest whose length changes has a full backup.
-    fn segment_len(&self, disk_size: u64) -> SegmentLen {
-        SegmentLen::for_disk(disk_size)
     }
 
     /// Where a backup of `guest` mounts something while it runs, for the recovery journal.

@@ -6,7 +6,10 @@ use super::{
     directory::{DirectoryOptions, DirectoryProvider},
     null::NullProvider,
 };
-use crate::config::{ConfigError, Dirs, TargetTable};
+use crate::{
+    config::{ConfigError, Dirs, TargetTable},
+    segment::SegmentLen,
+};
 use std::{
     fs,
     io::{self, BufRead, BufReader, Read},
@@ -26,6 +29,15 @@ pub fn for_target(name: &str, table: &TargetTable, dirs: &Dirs) -> Result<Box<dy
         TargetTable::Directory { .. } => Ok(Box::new(DirectoryProvider::open(&directory(name, table)?)?)),
         TargetTable::Restic { .. } => open_restic(name, table, dirs),
         TargetTable::Borg { .. } => Ok(Box::new(BorgProvider::open(borg_options(name, table, dirs)?)?)),
+    }
+}
+
+/// The shortest segments that suit a target, where none are configured. borg has a file for each, which costs it some 0.2 ms in every
+/// backup, read or not.
+pub fn least_segment(table: &TargetTable) -> SegmentLen {
+    match table {
+        TargetTable::Borg { .. } => SegmentLen::MIB,
+        TargetTable::Null | TargetTable::Directory { .. } | TargetTable::Restic { .. } => SegmentLen::for_disk(0),
     }
 }
 

@@ -57,6 +57,31 @@ impl SegmentLen {
     }
 }
 
+/// How long segments are on disks where no archive has settled that.
+#[derive(Clone, Copy, Debug)]
+pub struct SegmentLens {
+    configured: Option<SegmentLen>,
+    least: SegmentLen,
+}
+
+impl SegmentLens {
+    /// As configured, else by the disk's size.
+    pub fn new(configured: Option<SegmentLen>) -> Self {
+        Self { configured, least: SegmentLen(SegmentLen::MIN as u32) }
+    }
+
+    /// The same for a target that shorter ones than `least` do not suit, unless they are configured.
+    #[must_use]
+    pub fn at_least(self, least: SegmentLen) -> Self {
+        Self { least, ..self }
+    }
+
+    /// For a disk of `size` bytes.
+    pub fn of(self, size: u64) -> SegmentLen {
+        self.configured.unwrap_or_else(|| SegmentLen::for_disk(size).max(self.least))
+    }
+}
+
 /// One segment as the copy engine read it, ready to be stored.
 #[derive(Debug)]
 pub struct Segment {
@@ -181,6 +206,16 @@ mod tests {
     use super::*;
     use crate::extent::Extent;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_targets_least_length_counts_where_none_is_configured() {
+        let least = SegmentLens::new(None).at_least(SegmentLen::MIB);
+        let found =
+            [1 << 30, 1 << 40, 2 << 40].map(|size| (SegmentLens::new(None).of(size).bytes(), least.of(size).bytes()));
+        assert_eq!(found, [(256 << 10, 1 << 20), (1 << 20, 1 << 20), (4 << 20, 4 << 20)]);
+        let configured = SegmentLens::new(SegmentLen::new(64 << 10)).at_least(SegmentLen::MIB);
+        assert_eq!(configured.of(1 << 40).bytes(), 64 << 10);
+    }
 
     #[test]
     fn lengths_are_powers_of_two_between_the_bounds() {

@@ -48,6 +48,11 @@ impl SegmentTable {
         Self::default()
     }
 
+    /// Bytes of the longest table that a disk of `size` bytes can have.
+    pub fn longest(len: SegmentLen, size: u64) -> u64 {
+        len.count(size).saturating_mul(RECORD as u64).saturating_add(MAGIC.len() as u64)
+    }
+
     /// Appends a record.
     ///
     /// # Errors

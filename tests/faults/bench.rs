@@ -59,7 +59,8 @@ pub struct Bench {
 #[must_use]
 pub struct Begun(());
 
-fn machine(kind: Kind) -> VmBuilder {
+/// The guest of the cases, of a disk of 16 MiB and one of 8 MiB.
+pub fn machine(kind: Kind) -> VmBuilder {
     let style = if kind == Kind::Proxmox { Style::Proxmox } else { Style::Blockdev };
     VmBuilder::new().disk("scsi0", 16 * MIB, Bus::VirtioScsi, style, Format::Raw, Io::Main).disk(
         "virtio1",

@@ -1,8 +1,8 @@
 //! Two runs at once: on one guest, and of two guests into one target.
 
 use crate::{
-    bench::{Bench, DISKS, fails_with, in_the_middle, said},
-    rig::{Bus, Format, Io, Kind, MIB, Run, Site, Style, VmBuilder},
+    bench::{Bench, DISKS, fails_with, in_the_middle, machine, said},
+    rig::{Kind, MIB, Run, Site},
 };
 use std::{cell::RefCell, thread};
 
@@ -51,16 +51,7 @@ fn busy(run: &Run, other: Run) -> Run {
 
 /// A second guest with a program of its own, whose target is the bench's.
 fn neighbour(bench: &Bench, kind: Kind) -> Site {
-    let style = if kind == Kind::Proxmox { Style::Proxmox } else { Style::Blockdev };
-    let vm = VmBuilder::new().disk("scsi0", 16 * MIB, Bus::VirtioScsi, style, Format::Raw, Io::Main).disk(
-        "virtio1",
-        8 * MIB,
-        Bus::VirtioBlk,
-        style,
-        Format::Qcow2,
-        Io::Main,
-    );
-    let mut site = Site::new(Kind::Stock, vm);
+    let mut site = Site::new(Kind::Stock, machine(kind));
     site.program = bench.site.program.beside();
     site.name = "neighbour";
     for disk in DISKS {

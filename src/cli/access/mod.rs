@@ -11,6 +11,7 @@ use crate::{
     backup::{LeftBehind, Selection},
     by_hand::{self, Bitmap, MountState, Options, State},
     guest::{self, GuestId},
+    provider::least_segment,
     report::Events,
 };
 use anyhow::Result;
@@ -125,8 +126,13 @@ async fn set_up(args: SetupArgs, context: Context) -> Result<u8> {
         Some(socket) => guest::plain::find(args.guest, socket, args.agent)?,
         None => vm::find_guest(args.guest.as_str(), &context)?,
     };
+    let mut segment_lens = context.config.segment_lens()?;
     let bitmap = match (args.target, args.bitmap) {
-        (Some(name), _) => Bitmap::Target(context.config.target(Some(&name), &context.dirs.state)?.0),
+        (Some(name), _) => {
+            let (name, table) = context.config.target(Some(&name), &context.dirs.state)?;
+            segment_lens = segment_lens.at_least(least_segment(&table));
+            Bitmap::Target(name)
+        }
         (None, BitmapWord::None) => Bitmap::None,
         (None, BitmapWord::New) => Bitmap::New,
         (None, BitmapWord::Use) => Bitmap::Use,
@@ -142,7 +148,7 @@ async fn set_up(args: SetupArgs, context: Context) -> Result<u8> {
         fleecing: vm::fleecing(args.fleecing.as_deref(), &context)?,
         cbw_timeout: defaults.cbw_timeout.unwrap_or(Duration::from_secs(45)),
         lock_wait: lock_wait(args.lockwait, &context),
-        segment_len: context.config.segment_len()?,
+        segment_lens,
         pvesm: vm::pvesm(),
     };
     let events = Events::new(guest.id.as_str(), context.monitor.clone());

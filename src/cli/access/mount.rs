@@ -139,7 +139,7 @@ async fn serve(args: MountArgs, context: Context, background: bool) -> Result<u8
         ViewWord::Segment => View::Segment,
     };
     let log_path = log.as_ref().map(|log| log.path.clone());
-    let wanted = Showing { dir: args.dir, view, segment_len: context.config.segment_len()?, log: log_path };
+    let wanted = Showing { dir: args.dir, view, segment_lens: context.config.segment_lens()?, log: log_path };
     let shown = by_hand::mount(&context.dirs, &args.guest, wanted, events.clone()).await;
     let shown = shown.inspect_err(|_| {
         if let Some(log) = &log {

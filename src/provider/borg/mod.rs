@@ -49,7 +49,7 @@ use crate::{
     config::create_private_dir,
     fuse::{Mount, mounts},
     report::{Events, spelled_out},
-    segment::{SegmentLen, SegmentTable},
+    segment::SegmentTable,
 };
 use command::{Borg, Call};
 use jiff::Timestamp;
@@ -219,50 +219,45 @@ impl BorgProvider {
         self.succeeded(&finished, &format!("archive `{name}` cannot be deleted"))
     }
 
-    /// Checks one disk of a base archive; the error is the reason for a full backup.
-    fn confirm(
-        &self,
-        listing: &Listing,
-        known: &Known,
-        readers: &HashMap<&ArchiveId, Reader>,
-        query: &DiskQuery,
-    ) -> Result<SegmentTable, String> {
+    /// Looks whether borg can skip what did not change since a base archive; the error is the reason for a full backup.
+    fn known_base(&self, listing: &Listing, query: &DiskQuery) -> Result<ArchiveName, String> {
         let gone = || format!("archive {} is not in the repository", query.base);
-        let (name, reader) = listing.name(&query.base).zip(readers.get(&query.base)).ok_or_else(gone)?;
+        let name = listing.name(&query.base).ok_or_else(gone)?;
+        let (options, guest) = (self.borg.options(), name.guest());
+        let known = Known::load(options, guest);
         if known.repository != listing.repository.id || known.disks.get(&query.name) != Some(&query.base) {
             return Err("borg's files cache does not belong to the base archive".into());
         }
-        let view = self.borg.options().view(name.guest());
+        let view = options.view(guest);
         if known.view != view {
             return Err(format!("borg's files cache knows the disks in another place than {}", view.display()));
         }
-        let files = self.borg.options().cache().join(&listing.repository.id).join(store::files_cache(name.guest()));
-        if !files.is_file() {
+        if !options.cache().join(&listing.repository.id).join(store::files_cache(guest)).is_file() {
             return Err("borg's files cache is gone".into());
         }
-        let manifest = reader.manifest().map_err(|e| e.to_string())?;
-        let entry = manifest.disk(&query.name).ok_or("the base archive does not have the disk")?;
-        if (entry.size, entry.segment_len) != (query.size, query.segment_len.bytes()) {
-            return Err(format!(
-                "the disk has {} bytes in segments of {}, it had {} in segments of {} in the base archive",
-                query.size,
-                query.segment_len.bytes(),
-                entry.size,
-                entry.segment_len
-            ));
-        }
-        reader.checked_table(entry).map_err(|e| e.to_string())
+        Ok(name)
     }
+}
+
+/// A disk's segment table in its base archive; the error is the reason for a full backup.
+fn base_table(reader: &Reader, query: &DiskQuery) -> Result<SegmentTable, String> {
+    let manifest = reader.manifest().map_err(|e| e.to_string())?;
+    let entry = manifest.disk(&query.name).ok_or("the base archive does not have the disk")?;
+    if (entry.size, entry.segment_len) != (query.size, query.segment_len.bytes()) {
+        return Err(format!(
+            "the disk has {} bytes in segments of {}, it had {} in segments of {} in the base archive",
+            query.size,
+            query.segment_len.bytes(),
+            entry.size,
+            entry.segment_len
+        ));
+    }
+    reader.checked_table(entry).map_err(|e| e.to_string())
 }
 
 impl Provider for BorgProvider {
     fn kind(&self) -> &'static str {
         "borg"
-    }
-
-    fn segment_len(&self, disk_size: u64) -> SegmentLen {
-        // Every segment is a file, and costs borg some 0.2 ms in every backup, read or not.
-        SegmentLen::for_disk(disk_size).max(SegmentLen::MIB)
     }
 
     fn report_to(&mut self, events: &Events) {
@@ -313,21 +308,21 @@ impl Provider for BorgProvider {
 
     fn query_incremental(&mut self, disks: &[DiskQuery]) -> Result<Vec<Incremental>, ProviderError> {
         let listing = self.just_listed()?;
-        let mut readers: HashMap<&ArchiveId, Reader> = HashMap::new();
-        for query in disks {
-            if let Some(name) = listing.name(&query.base) {
-                readers.entry(&query.base).or_insert_with(|| Reader::new(self.borg.clone(), name));
-            }
+        let bases: Vec<_> = disks.iter().map(|query| self.known_base(&listing, query)).collect();
+        let mut readers: HashMap<&ArchiveName, Reader> = HashMap::new();
+        for name in bases.iter().flatten() {
+            readers.entry(name).or_insert_with(|| {
+                let of_it = disks.iter().zip(&bases).filter(|(_, base)| base.as_ref() == Ok(name));
+                let reader = Reader::new(self.borg.clone(), name.clone());
+                reader.read_ahead(&of_it.map(|(query, _)| query).collect::<Vec<_>>());
+                reader
+            });
         }
-        for (base, reader) in &readers {
-            reader.read_ahead(disks.iter().filter(|query| query.base == **base));
-        }
-        let mut answers = Vec::with_capacity(disks.len());
-        for query in disks {
-            let known = listing.name(&query.base).map(|name| Known::load(self.borg.options(), name.guest()));
-            let table = self.confirm(&listing, &known.unwrap_or_default(), &readers, query);
-            answers.push(table.map_or_else(Incremental::New, Incremental::Use));
-        }
+        let answer = |(query, base): (&DiskQuery, &Result<ArchiveName, String>)| {
+            let table = base.as_ref().map_err(Clone::clone).and_then(|name| base_table(&readers[name], query));
+            table.map_or_else(Incremental::New, Incremental::Use)
+        };
+        let answers = disks.iter().zip(&bases).map(answer).collect();
         self.listed = Some(listing);
         Ok(answers)
     }

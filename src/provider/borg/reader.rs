@@ -13,7 +13,7 @@ use crate::{
     archive::{ArchiveName, DiskEntry, Manifest},
     fuse::segments::{DISKS, MANIFEST, segment_path, table_path},
     provider::{ArchiveReader, DiskQuery, ErrorKind, ProviderError},
-    segment::{SegmentLen, SegmentTable},
+    segment::SegmentTable,
 };
 use bytes::Bytes;
 use std::{
@@ -81,8 +81,9 @@ impl Reader {
 
     /// Reads the manifest and the tables of some disks with one start of borg. What fails here fails again for who asks for it,
     /// who can tell why.
-    pub(super) fn read_ahead<'a>(&self, disks: impl Iterator<Item = &'a DiskQuery>) {
-        let tables = disks.map(|disk| (table_path(&disk.name), table_limit(disk.segment_len, disk.size)));
+    pub(super) fn read_ahead(&self, disks: &[&DiskQuery]) {
+        let tables =
+            disks.iter().map(|disk| (table_path(&disk.name), SegmentTable::longest(disk.segment_len, disk.size)));
         let wanted: HashMap<String, u64> = tables.chain([(MANIFEST.to_owned(), MAX_MANIFEST)]).collect();
         // Each file has a header, and is padded.
         let limit = wanted.values().fold(TAR_BLOCK, |sum, limit| sum.saturating_add(limit.saturating_add(TAR_BLOCK)));
@@ -122,7 +123,7 @@ impl Reader {
     pub(super) fn checked_table(&self, entry: &DiskEntry) -> Result<SegmentTable, ProviderError> {
         let wrong = |e: &dyn std::error::Error| self.damaged(format!("disk `{}`: {e}", entry.name));
         let len = entry.segments().map_err(|e| wrong(&e))?;
-        let bytes = self.kept(&table_path(&entry.name), table_limit(len, entry.size))?;
+        let bytes = self.kept(&table_path(&entry.name), SegmentTable::longest(len, entry.size))?;
         let table = SegmentTable::from_bytes(&bytes, len, entry.size).map_err(|e| wrong(&e))?;
         if blake3::Hash::from_bytes(table.digest()).to_hex().as_str() != entry.digest {
             return Err(
@@ -165,11 +166,6 @@ fn files_of_tar(bytes: &[u8], wanted: &HashMap<String, u64>) -> io::Result<Vec<(
         }
     }
     Ok(files)
-}
-
-/// Bytes that a segment table has at most.
-fn table_limit(len: SegmentLen, size: u64) -> u64 {
-    len.count(size).saturating_mul(48).saturating_add(64)
 }
 
 impl Stream {

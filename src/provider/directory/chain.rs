@@ -251,7 +251,7 @@ pub(super) fn entry(archive: &Dir, guest: &GuestId, epoch: Epoch, disk: &str) ->
 pub(super) fn table(archive: &Dir, entry: &DiskEntry, len: SegmentLen) -> Result<SegmentTable, ProviderError> {
     let name = tree::table_name(&entry.name);
     let at = archive.path().join(tree::DISKS).join(&name);
-    let limit = len.count(entry.size).saturating_mul(48).saturating_add(8);
+    let limit = SegmentTable::longest(len, entry.size);
     let bytes = archive
         .dir(tree::DISKS)
         .and_then(|dir| dir.read(&name, limit))

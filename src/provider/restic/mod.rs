@@ -198,7 +198,7 @@ impl ResticProvider {
         }
         let disks = verify::subtree(&root, layout::DISKS).ok_or_else(|| gap("the base archive has no disks".into()))?;
         let disks = inventory.tree(disks)?;
-        let limit = query.segment_len.count(query.size).saturating_mul(48).saturating_add(64);
+        let limit = SegmentTable::longest(query.segment_len, query.size);
         let bytes = read(verify::child(&disks, &layout::table_name(name)), "segment table", limit)?;
         let table = SegmentTable::from_bytes(&bytes, query.segment_len, query.size)
             .map_err(|e| gap(format!("the base archive's {e}")))?;
