@@ -22,8 +22,8 @@ impl SegmentLen {
     /// Largest length: one blob of the repositories that we create, and Proxmox's bitmap granularity.
     pub const MAX: u64 = 4 << 20;
 
-    /// 1 MiB.
-    pub const MIB: Self = Self(1 << 20);
+    /// 512 KiB.
+    pub const HALF_MIB: Self = Self(512 << 10);
 
     /// Checks a length in bytes.
     pub fn new(bytes: u64) -> Option<Self> {
@@ -209,11 +209,11 @@ mod tests {
 
     #[test]
     fn a_targets_least_length_counts_where_none_is_configured() {
-        let least = SegmentLens::new(None).at_least(SegmentLen::MIB);
+        let least = SegmentLens::new(None).at_least(SegmentLen::HALF_MIB);
         let found =
             [1 << 30, 1 << 40, 2 << 40].map(|size| (SegmentLens::new(None).of(size).bytes(), least.of(size).bytes()));
-        assert_eq!(found, [(256 << 10, 1 << 20), (1 << 20, 1 << 20), (4 << 20, 4 << 20)]);
-        let configured = SegmentLens::new(SegmentLen::new(64 << 10)).at_least(SegmentLen::MIB);
+        assert_eq!(found, [(256 << 10, 512 << 10), (1 << 20, 1 << 20), (4 << 20, 4 << 20)]);
+        let configured = SegmentLens::new(SegmentLen::new(64 << 10)).at_least(SegmentLen::HALF_MIB);
         assert_eq!(configured.of(1 << 40).bytes(), 64 << 10);
     }
 

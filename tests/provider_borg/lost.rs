@@ -39,6 +39,22 @@ fn a_files_cache_that_has_forgotten_fails_the_backup_and_the_next_is_full() {
 }
 
 #[test]
+fn a_kept_segment_table_that_is_lost_or_spoilt_is_read_from_the_archive() {
+    let Some(mut f) = Fixture::new() else { return };
+    let content: Content = (0..5).map(|i| (i, segment_bytes(1, i))).collect();
+    let archive = f.backup(vec![Disk::full("scsi0", &content)]).unwrap().id;
+    let (_, table) = f.use_base(&archive, "scsi0");
+    let kept = f.dir.path().join("state/tables/100/scsi0");
+    let bytes = fs::read(&kept).unwrap();
+    assert_eq!(bytes, table.to_bytes());
+    // It ends like a whole one.
+    fs::write(&kept, &bytes[..bytes.len() - 48]).unwrap();
+    assert_eq!(f.use_base(&archive, "scsi0").1, table);
+    fs::remove_file(&kept).unwrap();
+    assert_eq!(f.use_base(&archive, "scsi0").1, table);
+}
+
+#[test]
 fn an_archive_that_was_deleted_or_is_of_another_repository_is_no_base() {
     let Some(mut f) = Fixture::new() else { return };
     let content: Content = (0..5).map(|i| (i, segment_bytes(1, i))).collect();

@@ -80,7 +80,7 @@ fn the_documented_commands_get_a_disk_back_without_us() {
         ("/mnt/attic", f.repository().display().to_string()),
         ("::NAME", format!("::{}", f.names()[1])),
         ("34359738368", SIZE.to_string()),
-        ("1048576", LEN.to_string()),
+        ("524288", LEN.to_string()),
     ];
     let script = replaced.iter().fold(script.to_owned(), |script, (example, ours)| {
         assert!(script.contains(example), "{example}");

@@ -23,7 +23,7 @@ use crate::{
     segment::{Segment, SegmentData, SegmentLen, SegmentRecord, SegmentTable},
 };
 use bytes::Bytes;
-use fuser::{Errno, FileAttr, INodeNo};
+use fuser::{Errno, FileAttr, FileType, INodeNo};
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
@@ -110,6 +110,28 @@ pub struct DiskPlan {
     pub changed: Box<dyn Iterator<Item = Result<Segment, SourceError>> + Send>,
 }
 
+/// What the reader of a complete view has seen.
+pub struct Seen {
+    /// All files.
+    pub files: u64,
+    /// Changed segments among them.
+    pub segments: u64,
+    /// The segment tables.
+    pub tables: Vec<SeenTable>,
+}
+
+/// A disk's segment table.
+pub struct SeenTable {
+    /// The disk.
+    pub disk: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its segment length.
+    pub segment_len: SegmentLen,
+    /// The file's content.
+    pub bytes: Bytes,
+}
+
 /// The tree. Cloned handles show the same one.
 #[derive(Clone)]
 pub struct SegmentView(Arc<Inner>);
@@ -145,8 +167,9 @@ struct Current {
     at: usize,
     bytes: Bytes,
     served: u64,
-    /// Until all of it was read.
+    /// Until it is settled.
     data: Option<SegmentData>,
+    settled: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -171,6 +194,13 @@ const FIRST_SEGMENT: u64 = 1 << 34;
 const TABLE: u64 = 1 << 39;
 
 impl Node {
+    fn kind(self) -> FileType {
+        match self {
+            Self::Root | Self::Disks | Self::Disk(_) | Self::Shard(..) => FileType::Directory,
+            Self::Member(_) | Self::Segment(..) | Self::Table(_) | Self::Manifest => FileType::RegularFile,
+        }
+    }
+
     fn inode(self) -> u64 {
         let disk = |disk: usize| (disk as u64 + 1) << DISK_BITS;
         match self {
@@ -231,11 +261,11 @@ impl SegmentView {
         self.0.failure.get()
     }
 
-    /// After the reader has come to its end: the number of files, and how many of them are changed segments.
+    /// After the reader has come to its end: what it has seen.
     ///
     /// # Errors
     /// When anything failed, or anything that had to be read was not.
-    pub fn finish(&self) -> Result<(u64, u64), ViewFailure> {
+    pub fn finish(&self) -> Result<Seen, ViewFailure> {
         if let Some(failure) = self.failure() {
             return Err(failure.clone());
         }
@@ -256,7 +286,13 @@ impl SegmentView {
                 return Err(ViewFailure::NotRead { path });
             }
         }
-        Ok((files, state.segments_read))
+        let tables = state.disks.iter().map(|disk| SeenTable {
+            disk: disk.plan.name.clone(),
+            size: disk.plan.size,
+            segment_len: disk.plan.segment_len,
+            bytes: disk.table.clone().unwrap_or_default(),
+        });
+        Ok(Seen { files, segments: state.segments_read, tables: tables.collect() })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -325,14 +361,8 @@ impl SegmentView {
         Ok(node)
     }
 
-    /// Bytes at `offset`, and a segment that has been read to its end with them.
-    fn content(
-        &self,
-        state: &mut State,
-        node: Node,
-        offset: u64,
-        size: u64,
-    ) -> Result<(Bytes, Option<SegmentData>), ViewFailure> {
+    /// Bytes at `offset`, and whether a segment has been read to its end with them.
+    fn content(&self, state: &mut State, node: Node, offset: u64, size: u64) -> Result<(Bytes, bool), ViewFailure> {
         let bytes = match node {
             Node::Segment(at, index) => return self.segment(state, at, index, offset, size),
             Node::Member(at) => state.members.get(at).map(|m| m.1.clone()).unwrap_or_default(),
@@ -341,7 +371,7 @@ impl SegmentView {
         };
         let part = part(&bytes, offset, size);
         *state.read.entry(node.inode()).or_default() += part.len() as u64;
-        Ok((part, None))
+        Ok((part, false))
     }
 
     fn segment(
@@ -351,36 +381,33 @@ impl SegmentView {
         index: u64,
         offset: u64,
         size: u64,
-    ) -> Result<(Bytes, Option<SegmentData>), ViewFailure> {
-        let State { disks, current, segments_read, .. } = state;
-        let Some(disk) = disks.get(at) else { return Ok((Bytes::new(), None)) };
-        let Some(position) = disk.position(index) else { return Ok((Bytes::new(), None)) };
+    ) -> Result<(Bytes, bool), ViewFailure> {
+        let Some(disk) = state.disks.get(at) else { return Ok((Bytes::new(), false)) };
+        let Some(position) = disk.position(index) else { return Ok((Bytes::new(), false)) };
         if disk.plan.records[position].stored_at != self.0.instant {
             return Err(ViewFailure::Unchanged { disk: disk.plan.name.clone(), index });
         }
-        if current.as_ref().is_none_or(|c| (c.disk, c.at) != (at, position)) {
-            unfinished(current.as_ref(), disks)?;
-            let disk = &mut disks[at];
+        if state.current.as_ref().is_none_or(|c| (c.disk, c.at) != (at, position)) {
+            state.finish_segment()?;
+            let disk = &mut state.disks[at];
             if disk.next_changed(self.0.instant) != Some(position) {
                 return Err(ViewFailure::NotRead { path: disk.next_path(self.0.instant) });
             }
-            *current = Some(disk.fetch(at, position)?);
+            state.current = Some(disk.fetch(at, position)?);
         }
-        let Some(current) = current else { return Ok((Bytes::new(), None)) };
+        let Some(current) = &mut state.current else { return Ok((Bytes::new(), false)) };
         let part = part(&current.bytes, offset, size);
         let before = current.served;
         current.served += part.len() as u64;
         let len = current.bytes.len() as u64;
-        if before < len && current.served >= len {
-            *segments_read += 1;
-            return Ok((part, current.data.take()));
-        }
-        Ok((part, None))
+        let finished = before < len && current.served >= len;
+        state.segments_read += u64::from(finished);
+        Ok((part, finished))
     }
 
     /// The table of a disk of which everything was read.
     fn finish_table(&self, state: &mut State, at: usize) -> Result<Bytes, ViewFailure> {
-        unfinished(state.current.as_ref(), &state.disks)?;
+        state.finish_segment()?;
         let Some(disk) = state.disks.get_mut(at) else { return Ok(Bytes::new()) };
         if let Some(table) = &disk.table {
             return Ok(table.clone());
@@ -408,6 +435,33 @@ impl SegmentView {
         })?;
         state.manifest = bytes.into();
         Ok(())
+    }
+}
+
+impl State {
+    /// Takes note of a segment that was read to its end.
+    fn settle(&mut self) {
+        let Some(current) = self.current.as_mut().filter(|c| !c.settled && c.served >= c.bytes.len() as u64) else {
+            return;
+        };
+        current.settled = true;
+        self.disks[current.disk].plan.records[current.at].digest = *blake3::hash(&current.bytes).as_bytes();
+        // The reader has no way to ask again: a second read of this file fails the backup.
+        if let Some(data) = current.data.take() {
+            data.stored();
+        }
+    }
+
+    /// Whoever wants another file must have read the last segment to its end.
+    fn finish_segment(&mut self) -> Result<(), ViewFailure> {
+        self.settle();
+        match self.current.as_ref().filter(|current| !current.settled) {
+            Some(current) => {
+                let plan = &self.disks[current.disk].plan;
+                Err(ViewFailure::NotRead { path: segment_path(&plan.name, plan.records[current.at].index) })
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -486,8 +540,7 @@ impl Disk {
         if bytes.len() as u64 != len {
             return Err(self.contract(format!("segment {index} has {} bytes instead of {len}", bytes.len())));
         }
-        self.plan.records[position].digest = *blake3::hash(&bytes).as_bytes();
-        Ok(Current { disk, at: position, bytes, served: 0, data: segment.data })
+        Ok(Current { disk, at: position, bytes, served: 0, data: segment.data, settled: false })
     }
 
     /// What was known to be zero has no file; all else must come in order.
@@ -504,17 +557,6 @@ impl Disk {
             self.passes_over(&segment?, self.plan.records.len())?;
         }
         Ok(())
-    }
-}
-
-/// Whoever wants another file must have read the last segment to its end.
-fn unfinished(current: Option<&Current>, disks: &[Disk]) -> Result<(), ViewFailure> {
-    match current.filter(|c| c.served < c.bytes.len() as u64) {
-        Some(current) => {
-            let plan = &disks[current.disk].plan;
-            Err(ViewFailure::NotRead { path: segment_path(&plan.name, plan.records[current.at].index) })
-        }
-        None => Ok(()),
     }
 }
 

@@ -1,16 +1,17 @@
 //! What the kernel asks of the segment view.
 
-use super::{DISKS, MANIFEST, Node, SegmentView, TTL, segment_name, shard_name};
+use super::{DISKS, MANIFEST, Node, SegmentView, State, TTL, segment_name, shard_name};
 use fuser::{
-    Errno, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, KernelConfig, LockOwner, OpenFlags,
-    ReplyAttr, ReplyData, ReplyDirectory, ReplyEntry, ReplyOpen, Request,
+    Errno, FileHandle, Filesystem, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
 };
-use std::{ffi::OsStr, io};
+use std::{ffi::OsStr, io, time::Duration};
 
 impl Filesystem for SegmentView {
     fn init(&mut self, _request: &Request, kernel: &mut KernelConfig) -> io::Result<()> {
-        // No FUSE_ASYNC_DIO: pieces of a segment are wanted one after the other.
         let _ = kernel.set_max_write(1 << 20);
+        // Attributes come with the names: a reader that looks at every file, as borg does, asks nothing more of us.
+        let _ = kernel.add_capabilities(InitFlags::FUSE_DO_READDIRPLUS);
         Ok(())
     }
 
@@ -34,12 +35,14 @@ impl Filesystem for SegmentView {
         }
     }
 
-    fn open(&self, _request: &Request, _inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if flags.acc_mode() != fuser::OpenAccMode::O_RDONLY {
-            return reply.error(Errno::EROFS);
-        }
-        // Past the page cache: it would read ahead, and keep what is read once. Closing asks nothing of us.
-        reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH);
+    fn open(&self, _request: &Request, _inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        // The kernel opens files by itself from now on. borg opens every file before it knows that it need not read it, and asking
+        // us would be the largest part of what that costs.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn flush(&self, _request: &Request, _inode: INodeNo, _handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
     }
 
     fn read(
@@ -60,9 +63,9 @@ impl Filesystem for SegmentView {
         match content {
             Ok((bytes, finished)) => {
                 reply.data(&bytes);
-                // The reader has all of it and has no way to ask again: a second read of this file fails the backup.
-                if let Some(data) = finished {
-                    data.stored();
+                if finished {
+                    // While the reader works on it.
+                    self.lock().settle();
                 }
             }
             Err(failure) => reply.error(self.fail(failure)),
@@ -70,68 +73,94 @@ impl Filesystem for SegmentView {
     }
 
     fn readdir(&self, _request: &Request, inode: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let state = self.lock();
-        let node = Node::of(inode);
-        // An entry's offset is where the next one begins. The first two are the directory itself and its parent.
-        let mut add = |next: u64, node: Node, name: &str| {
-            let kind = match node {
-                Node::Root | Node::Disks | Node::Disk(_) | Node::Shard(..) => FileType::Directory,
-                _ => FileType::RegularFile,
-            };
-            reply.add(INodeNo(node.inode()), next, kind, name)
-        };
-        let mut at = offset;
-        while at < 2 {
-            if add(at + 1, node, if at == 0 { "." } else { ".." }) {
-                return reply.ok();
-            }
-            at += 1;
+        let listed = list(&self.lock(), Node::of(inode), offset, |next, node, name| {
+            reply.add(INodeNo(node.inode()), next, node.kind(), name)
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(error),
         }
-        let mut from = at - 2;
-        match node {
-            Node::Root => {
-                let mut list: Vec<(Node, &str)> =
-                    state.members.iter().enumerate().map(|(at, m)| (Node::Member(at), m.0.as_str())).collect();
-                list.extend([(Node::Disks, DISKS), (Node::Manifest, MANIFEST)]);
-                for (node, name) in list.into_iter().skip(from as usize) {
-                    from += 1;
-                    if add(from + 2, node, name) {
-                        break;
-                    }
-                }
-            }
-            Node::Disks => {
-                let list = state.disks.iter().enumerate().flat_map(|(at, disk)| {
-                    let name = &disk.plan.name;
-                    [(Node::Disk(at), name.clone()), (Node::Table(at), format!("{name}.segments"))]
-                });
-                for (node, name) in list.skip(from as usize) {
-                    from += 1;
-                    if add(from + 2, node, &name) {
-                        break;
-                    }
-                }
-            }
-            Node::Disk(disk) => {
-                let Some(it) = state.disks.get(disk) else { return reply.error(Errno::ENOENT) };
-                while let Some(shard) = it.next_shard(from) {
-                    from = shard + 1;
-                    if add(from + 2, Node::Shard(disk, shard), &shard_name(shard)) {
-                        break;
-                    }
-                }
-            }
-            Node::Shard(disk, shard) => {
-                let Some(it) = state.disks.get(disk) else { return reply.error(Errno::ENOENT) };
-                for record in it.shard(shard).iter().skip(from as usize) {
-                    from += 1;
-                    if add(from + 2, Node::Segment(disk, record.index), &segment_name(record.index)) {
-                        break;
-                    }
-                }
-            }
-            _ => return reply.error(Errno::ENOTDIR),
-        }
-        reply.ok();
     }
+
+    fn readdirplus(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let state = self.lock();
+        let mut broken = None;
+        let listed = list(&state, Node::of(inode), offset, |next, node, name| match self.attributes(&state, node) {
+            Ok(attributes) => {
+                // The manifest is made when somebody looks it up, which must not be spared.
+                let ttl = if node == Node::Manifest { Duration::ZERO } else { TTL };
+                reply.add(attributes.ino, next, name, &ttl, &attributes, Generation(0))
+            }
+            Err(error) => {
+                broken = Some(error);
+                true
+            }
+        });
+        match listed.and(broken.map_or(Ok(()), Err)) {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(error),
+        }
+    }
+}
+
+/// Calls `add` with the entries of a directory behind `offset`, each with the offset of the next, until it says that it has no room.
+fn list(state: &State, node: Node, offset: u64, mut add: impl FnMut(u64, Node, &str) -> bool) -> Result<(), Errno> {
+    // The first two are the directory itself and its parent.
+    for at in offset..2 {
+        if add(at + 1, node, if at == 0 { "." } else { ".." }) {
+            return Ok(());
+        }
+    }
+    let mut from = offset.max(2) - 2;
+    match node {
+        Node::Root => {
+            let members = state.members.iter().enumerate().map(|(at, m)| (Node::Member(at), m.0.as_str()));
+            let list = members.chain([(Node::Disks, DISKS), (Node::Manifest, MANIFEST)]);
+            for (node, name) in list.skip(from as usize) {
+                from += 1;
+                if add(from + 2, node, name) {
+                    break;
+                }
+            }
+        }
+        Node::Disks => {
+            let list = state.disks.iter().enumerate().flat_map(|(at, disk)| {
+                let name = &disk.plan.name;
+                [(Node::Disk(at), name.clone()), (Node::Table(at), format!("{name}.segments"))]
+            });
+            for (node, name) in list.skip(from as usize) {
+                from += 1;
+                if add(from + 2, node, &name) {
+                    break;
+                }
+            }
+        }
+        Node::Disk(disk) => {
+            let it = state.disks.get(disk).ok_or(Errno::ENOENT)?;
+            while let Some(shard) = it.next_shard(from) {
+                from = shard + 1;
+                if add(from + 2, Node::Shard(disk, shard), &shard_name(shard)) {
+                    break;
+                }
+            }
+        }
+        Node::Shard(disk, shard) => {
+            let it = state.disks.get(disk).ok_or(Errno::ENOENT)?;
+            for record in it.shard(shard).iter().skip(from as usize) {
+                from += 1;
+                if add(from + 2, Node::Segment(disk, record.index), &segment_name(record.index)) {
+                    break;
+                }
+            }
+        }
+        Node::Member(_) | Node::Segment(..) | Node::Table(_) | Node::Manifest => return Err(Errno::ENOTDIR),
+    }
+    Ok(())
 }

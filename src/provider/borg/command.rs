@@ -15,8 +15,9 @@ use nix::{
 };
 use std::{
     collections::VecDeque,
+    env, fs,
     io::{self, BufRead, BufReader, Read, Write as _},
-    os::unix::process::CommandExt,
+    os::unix::{fs::MetadataExt, process::CommandExt},
     path::Path,
     process::{Child, ChildStdout, Command, ExitStatus, Stdio},
     sync::Arc,
@@ -114,11 +115,19 @@ impl Borg {
         self.start(call)?.finish(&format!("borg {}", call.verb), MAX_OUTPUT)
     }
 
-    /// Looks whether there is a borg, and one that we know.
+    /// Looks whether there is a borg, and one that we know. A program file that was found to be one is not asked again until it
+    /// is replaced.
     pub(super) fn check_version(&self) -> Result<(), ProviderError> {
+        let (file, known) = (program_file(&self.0.program), self.0.known_program());
+        if file.is_some() && fs::read_to_string(&known).ok() == file {
+            return Ok(());
+        }
         let finished = Running::spawn(self.command("--version"), None, None)?.finish("borg --version", 1 << 10)?;
         let text = String::from_utf8_lossy(&finished.output).trim().to_owned();
         if finished.status.success() && is_known(&text) {
+            if let Some(Err(error)) = file.map(|file| fs::write(&known, file)) {
+                tracing::debug!("{}: {error}", known.display());
+            }
             return Ok(());
         }
         let program = self.0.program.display();
@@ -127,6 +136,18 @@ impl Borg {
             format!("`{program}` says `{text}`, but borg 1.2 or a later 1.x is needed; nothing was done"),
         ))
     }
+}
+
+/// What tells a program's file from any other, also from one that takes its place.
+fn program_file(program: &Path) -> Option<String> {
+    let path = if program.components().count() > 1 {
+        program.to_owned()
+    } else {
+        env::split_paths(&env::var_os("PATH")?).map(|directory| directory.join(program)).find(|path| path.is_file())?
+    };
+    let file = fs::metadata(&path).ok()?;
+    let changed = (file.ctime(), file.ctime_nsec());
+    Some(format!("{} {} {} {} {changed:?}", path.display(), file.dev(), file.ino(), file.len()))
 }
 
 /// Whether `borg --version` has printed a version that we know: 1.2 or a later 1.x.
@@ -294,6 +315,21 @@ mod tests {
         for unknown in ["borg 1.1.18", "borg 2.0.0b14", "borg", "", "attic 0.16", "borg 1"] {
             assert!(!is_known(unknown), "{unknown}");
         }
+    }
+
+    #[test]
+    fn a_program_that_takes_the_place_of_another_is_another() {
+        let directory = tempfile::tempdir().expect("directory");
+        let program = directory.path().join("borg");
+        assert_eq!(program_file(&program), None);
+        fs::write(&program, "a").expect("written");
+        let first = program_file(&program).expect("there");
+        assert_eq!(program_file(&program).as_ref(), Some(&first));
+        let next = directory.path().join("next");
+        fs::write(&next, "b").expect("written");
+        fs::rename(&next, &program).expect("renamed");
+        assert_ne!(program_file(&program), Some(first));
+        assert!(program_file(Path::new("sh")).expect("in PATH").contains("/sh "));
     }
 
     #[test]

@@ -220,12 +220,14 @@ impl BorgProvider {
     }
 
     /// Looks whether borg can skip what did not change since a base archive; the error is the reason for a full backup.
-    fn known_base(&self, listing: &Listing, query: &DiskQuery) -> Result<ArchiveName, String> {
+    fn known_base(&self, listing: &Listing, query: &DiskQuery) -> Result<(ArchiveName, Known), String> {
         let gone = || format!("archive {} is not in the repository", query.base);
         let name = listing.name(&query.base).ok_or_else(gone)?;
         let (options, guest) = (self.borg.options(), name.guest());
         let known = Known::load(options, guest);
-        if known.repository != listing.repository.id || known.disks.get(&query.name) != Some(&query.base) {
+        if known.repository != listing.repository.id
+            || known.disks.get(&query.name).is_none_or(|disk| disk.archive != query.base)
+        {
             return Err("borg's files cache does not belong to the base archive".into());
         }
         let view = options.view(guest);
@@ -235,11 +237,11 @@ impl BorgProvider {
         if !options.cache().join(&listing.repository.id).join(store::files_cache(guest)).is_file() {
             return Err("borg's files cache is gone".into());
         }
-        Ok(name)
+        Ok((name, known))
     }
 }
 
-/// A disk's segment table in its base archive; the error is the reason for a full backup.
+/// A disk's segment table as its base archive has it; the error is the reason for a full backup.
 fn base_table(reader: &Reader, query: &DiskQuery) -> Result<SegmentTable, String> {
     let manifest = reader.manifest().map_err(|e| e.to_string())?;
     let entry = manifest.disk(&query.name).ok_or("the base archive does not have the disk")?;
@@ -308,21 +310,15 @@ impl Provider for BorgProvider {
 
     fn query_incremental(&mut self, disks: &[DiskQuery]) -> Result<Vec<Incremental>, ProviderError> {
         let listing = self.just_listed()?;
-        let bases: Vec<_> = disks.iter().map(|query| self.known_base(&listing, query)).collect();
-        let mut readers: HashMap<&ArchiveName, Reader> = HashMap::new();
-        for name in bases.iter().flatten() {
-            readers.entry(name).or_insert_with(|| {
-                let of_it = disks.iter().zip(&bases).filter(|(_, base)| base.as_ref() == Ok(name));
-                let reader = Reader::new(self.borg.clone(), name.clone());
-                reader.read_ahead(&of_it.map(|(query, _)| query).collect::<Vec<_>>());
-                reader
-            });
-        }
-        let answer = |(query, base): (&DiskQuery, &Result<ArchiveName, String>)| {
-            let table = base.as_ref().map_err(Clone::clone).and_then(|name| base_table(&readers[name], query));
-            table.map_or_else(Incremental::New, Incremental::Use)
+        let mut readers: HashMap<ArchiveName, Reader> = HashMap::new();
+        let mut table = |query: &DiskQuery| {
+            let (name, known) = self.known_base(&listing, query)?;
+            if let Some(table) = known.table(self.borg.options(), name.guest(), query) {
+                return Ok(table);
+            }
+            base_table(readers.entry(name.clone()).or_insert_with(|| Reader::new(self.borg.clone(), name)), query)
         };
-        let answers = disks.iter().zip(&bases).map(answer).collect();
+        let answers = disks.iter().map(|query| table(query).map_or_else(Incremental::New, Incremental::Use)).collect();
         self.listed = Some(listing);
         Ok(answers)
     }

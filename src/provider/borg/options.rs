@@ -161,6 +161,16 @@ impl BorgOptions {
         self.known_dir().join(format!("{guest}.json"))
     }
 
+    /// The segment table of a disk in its last archive.
+    pub(super) fn known_table(&self, guest: &str, disk: &str) -> PathBuf {
+        self.directory.join("tables").join(guest).join(disk)
+    }
+
+    /// The borg program that was found to be one that we know.
+    pub(super) fn known_program(&self) -> PathBuf {
+        self.directory.join("program")
+    }
+
     pub(super) fn known_dir(&self) -> PathBuf {
         self.directory.join("known")
     }

@@ -12,21 +12,19 @@ use super::{
 use crate::{
     archive::{ArchiveName, DiskEntry, Manifest},
     fuse::segments::{DISKS, MANIFEST, segment_path, table_path},
-    provider::{ArchiveReader, DiskQuery, ErrorKind, ProviderError},
+    provider::{ArchiveReader, ErrorKind, ProviderError},
     segment::SegmentTable,
 };
 use bytes::Bytes;
 use std::{
     collections::HashMap,
-    io::{self, Read},
+    io::Read,
     process::ChildStdout,
     sync::{Arc, Mutex, PoisonError},
 };
 
 /// Bytes of segments that are kept because they were not asked for yet, for each disk.
 const WINDOW: u64 = 64 << 20;
-/// Bytes that are enough for a header of a tar file with its extensions, for padding, and for the end.
-const TAR_BLOCK: u64 = 32 << 10;
 
 /// One archive.
 pub(super) struct Reader {
@@ -79,28 +77,6 @@ impl Reader {
         Err(ProviderError { kind, ..finished.error(&format!("{what} cannot be read")) })
     }
 
-    /// Reads the manifest and the tables of some disks with one start of borg. What fails here fails again for who asks for it,
-    /// who can tell why.
-    pub(super) fn read_ahead(&self, disks: &[&DiskQuery]) {
-        let tables =
-            disks.iter().map(|disk| (table_path(&disk.name), SegmentTable::longest(disk.segment_len, disk.size)));
-        let wanted: HashMap<String, u64> = tables.chain([(MANIFEST.to_owned(), MAX_MANIFEST)]).collect();
-        // Each file has a header, and is padded.
-        let limit = wanted.values().fold(TAR_BLOCK, |sum, limit| sum.saturating_add(limit.saturating_add(TAR_BLOCK)));
-        let exported = self.borg.start(&Call {
-            verb: "export-tar",
-            archive: Some(&self.name.to_string()),
-            arguments: ["-".into()].into_iter().chain(wanted.keys().map(|path| format!("pp:{path}"))).collect(),
-            ..Call::default()
-        });
-        if let Ok(exported) = exported.and_then(|exporting| exporting.finish("borg export-tar", limit))
-            && exported.status.success()
-            && let Ok(files) = files_of_tar(&exported.output, &wanted)
-        {
-            self.kept.lock().unwrap_or_else(PoisonError::into_inner).extend(files);
-        }
-    }
-
     /// A small file that is asked for more than once.
     fn kept(&self, path: &str, limit: u64) -> Result<Bytes, ProviderError> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
@@ -151,21 +127,6 @@ impl Reader {
         streams.insert(disk.to_owned(), Arc::clone(&stream));
         Ok(stream)
     }
-}
-
-/// Files in a tar stream, those that are `wanted` and not longer than that says.
-fn files_of_tar(bytes: &[u8], wanted: &HashMap<String, u64>) -> io::Result<Vec<(String, Bytes)>> {
-    let mut files = Vec::with_capacity(wanted.len());
-    for entry in tar::Archive::new(bytes).entries()? {
-        let mut entry = entry?;
-        let path = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        if entry.header().entry_type().is_file() && wanted.get(&path).is_some_and(|limit| entry.size() <= *limit) {
-            let mut content = Vec::new();
-            entry.read_to_end(&mut content)?;
-            files.push((path, content.into()));
-        }
-    }
-    Ok(files)
 }
 
 impl Stream {
@@ -230,38 +191,5 @@ impl ArchiveReader for Reader {
             );
         }
         Ok(bytes)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn of_a_tar_stream_only_what_is_wanted_and_bounded_is_kept() {
-        let mut tar = tar::Builder::new(Vec::new());
-        let long = "x".repeat(1000);
-        for (path, content) in [("manifest.json", "{}"), ("disks/a.segments", &long), ("else", "e")] {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(content.len() as u64);
-            tar.append_data(&mut header, path, content.as_bytes()).expect("appended");
-        }
-        let mut link = tar::Header::new_gnu();
-        link.set_entry_type(tar::EntryType::Symlink);
-        link.set_size(0);
-        tar.append_link(&mut link, "disks/b.segments", "/etc/passwd").expect("appended");
-        let bytes = tar.into_inner().expect("finished");
-        let wanted = |limit| {
-            [("manifest.json", 10), ("disks/a.segments", limit), ("disks/b.segments", 10)]
-                .map(|(path, limit)| (path.to_owned(), limit))
-                .into()
-        };
-        let names = |limit| {
-            let files = files_of_tar(&bytes, &wanted(limit)).expect("read");
-            files.into_iter().map(|(path, content)| (path, content.len())).collect::<Vec<_>>()
-        };
-        assert_eq!(names(1000), [("manifest.json".to_owned(), 2), ("disks/a.segments".to_owned(), 1000)]);
-        assert_eq!(names(999), [("manifest.json".to_owned(), 2)]);
-        assert!(files_of_tar(&bytes[..600], &wanted(1000)).is_err(), "cut off");
     }
 }

@@ -8,20 +8,24 @@ use super::{
 };
 use crate::{
     archive::{ArchiveId, ArchiveName},
+    config::create_private_dir,
     fuse::{
         Mount, MountOptions,
-        segments::{DiskPlan, MANIFEST, MAX_DISKS, MAX_SEGMENTS, SegmentView, ViewFailure},
+        segments::{DiskPlan, MANIFEST, MAX_DISKS, MAX_SEGMENTS, Seen, SeenTable, SegmentView, ViewFailure},
     },
-    provider::{BackupInput, DiskInput, ErrorKind, ProviderError, Stored},
-    segment::{SegmentLen, SegmentRecord},
+    provider::{BackupInput, DiskInput, DiskQuery, ErrorKind, ProviderError, Stored},
+    segment::{SegmentLen, SegmentRecord, SegmentTable},
 };
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs,
     io::{self, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
+
+/// The kernel fetches a segment with one request, and looks at no time of reading, which would be one more.
+const VIEW: MountOptions = MountOptions { read_ahead_kib: Some(1024), read_only: true };
 
 /// What borg says where a guest has no files cache yet. Where it should have one the view fails the backup.
 const NO_FILES_CACHE: [&str; 2] = ["The files cache can't be read.", "Continuing without files cache"];
@@ -34,7 +38,17 @@ pub(super) struct Known {
     #[serde(default)]
     pub(super) view: PathBuf,
     /// The last archive of every disk.
-    pub(super) disks: BTreeMap<String, ArchiveId>,
+    pub(super) disks: BTreeMap<String, KnownDisk>,
+}
+
+/// A disk in its last archive.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct KnownDisk {
+    pub(super) archive: ArchiveId,
+    size: u64,
+    segment_len: u64,
+    /// BLAKE3 of the copy of its segment table that is kept here: to ask borg for it would be one more start.
+    table: String,
 }
 
 impl Known {
@@ -43,13 +57,32 @@ impl Known {
         fs::read(options.known(guest)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
     }
 
+    /// The kept segment table of a disk; `None` when it is lost, or is not that of the disk as it is.
+    pub(super) fn table(&self, options: &BorgOptions, guest: &str, query: &DiskQuery) -> Option<SegmentTable> {
+        let disk = self.disks.get(&query.name)?;
+        if (disk.size, disk.segment_len) != (query.size, query.segment_len.bytes()) {
+            return None;
+        }
+        let bytes = fs::read(options.known_table(guest, &query.name)).ok()?;
+        let whole = blake3::hash(&bytes).to_hex().as_str() == disk.table;
+        SegmentTable::from_bytes(&bytes, query.segment_len, query.size).ok().filter(|_| whole)
+    }
+
+    /// Takes note of a disk's last archive.
+    fn learn(&mut self, options: &BorgOptions, guest: &str, seen: &SeenTable, archive: &ArchiveId) {
+        let path = options.known_table(guest, &seen.disk);
+        let directory = path.parent().unwrap_or(&path);
+        if let Err(error) = create_private_dir(directory).and_then(|()| replace(&path, &seen.bytes)) {
+            tracing::debug!("{}: {error}", path.display());
+        }
+        let (size, segment_len) = (seen.size, seen.segment_len.bytes());
+        let table = blake3::hash(&seen.bytes).to_hex().to_string();
+        self.disks.insert(seen.disk.clone(), KnownDisk { archive: archive.clone(), size, segment_len, table });
+    }
+
     /// Not synced: losing it costs a full backup.
     fn store(&self, options: &BorgOptions, guest: &str) -> io::Result<()> {
-        let path = options.known(guest);
-        let mut file = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(&path))?;
-        file.write_all(&serde_json::to_vec(self)?)?;
-        file.persist(path)?;
-        Ok(())
+        replace(&options.known(guest), &serde_json::to_vec(self)?)
     }
 
     fn forget(options: &BorgOptions, guest: &str) {
@@ -59,6 +92,14 @@ impl Known {
             tracing::warn!("{}: {error}", options.known(guest).display());
         }
     }
+}
+
+/// Writes a file that is there as it was, or as it is now.
+fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(path))?;
+    file.write_all(bytes)?;
+    file.persist(path)?;
+    Ok(())
 }
 
 /// Name of a guest's files cache.
@@ -91,11 +132,10 @@ impl BorgProvider {
     pub(super) fn store(&mut self, input: BackupInput) -> Result<Stored, ProviderError> {
         let (archive, guest) = (input.archive.clone(), input.archive.guest().to_owned());
         let temporary = format!("{archive}{INCOMPLETE}");
-        let disks: Vec<String> = input.disks.iter().map(|disk| disk.name.clone()).collect();
         let created = self.create(input, &temporary);
-        let renamed = created.and_then(|added| Ok((self.rename(&temporary, &archive)?, added)));
-        let (repository, id, added) = match renamed {
-            Ok(((repository, id), added)) => (repository, id, added),
+        let renamed = created.and_then(|created| Ok((self.rename(&temporary, &archive)?, created)));
+        let ((repository, id), (tables, added)) = match renamed {
+            Ok(stored) => stored,
             Err(error) => {
                 if self.listing().is_ok_and(|l| l.archives.iter().any(|a| a.name == temporary))
                     && let Err(error) = self.delete(&temporary)
@@ -112,7 +152,9 @@ impl BorgProvider {
         if known.repository != repository || known.view != view {
             known = Known { repository, view, disks: BTreeMap::new() };
         }
-        known.disks.extend(disks.into_iter().map(|disk| (disk, id.clone())));
+        for table in &tables {
+            known.learn(options, &guest, table, &id);
+        }
         if let Err(error) = known.store(options, &guest) {
             self.warn(format!("the next backup will be a full one: {}: {error}", options.known(&guest).display()));
             Known::forget(options, &guest);
@@ -120,8 +162,8 @@ impl BorgProvider {
         Ok(Stored { id, added_bytes: Some(added) })
     }
 
-    /// Runs `borg create` on the view. Returns the bytes that the repository grew by.
-    fn create(&self, input: BackupInput, name: &str) -> Result<u64, ProviderError> {
+    /// Runs `borg create` on the view. Returns the segment tables, and the bytes that the repository grew by.
+    fn create(&self, input: BackupInput, name: &str) -> Result<(Vec<SeenTable>, u64), ProviderError> {
         let options = self.borg.options();
         let guest = input.archive.guest().to_owned();
         let instant = input.instant.as_microsecond();
@@ -135,7 +177,7 @@ impl BorgProvider {
         let view = SegmentView::new(input.members, plans, input.manifest, instant);
 
         let directory = self.prepare_view(&guest)?;
-        let mount = Mount::start(&directory, view.clone(), MountOptions::default())
+        let mount = Mount::start(&directory, view.clone(), VIEW)
             .map_err(|e| ProviderError::caused_by(ErrorKind::Other, "the segments cannot be shown to borg", e))?;
         let progress = Progress::new(options.progress_pause, paths.clone());
         let call = Call {
@@ -189,7 +231,7 @@ impl BorgProvider {
         if finished.left_out() {
             return Err(incomplete(format!("borg ended with {}", finished.status)));
         }
-        let (files, segments) = complete.map_err(failed)?;
+        let Seen { files, segments, tables } = complete.map_err(failed)?;
         let created: Created = serde_json::from_slice(&finished.output)
             .map_err(|e| ProviderError::caused_by(ErrorKind::Other, "borg's answer cannot be read", e))?;
         let stats = created.archive.stats;
@@ -197,7 +239,7 @@ impl BorgProvider {
             return Err(incomplete(format!("{files} files were planned, {} were stored", stats.nfiles)));
         }
         tracing::debug!(files, segments, "borg has read what changed");
-        Ok(stats.deduplicated_size)
+        Ok((tables, stats.deduplicated_size))
     }
 
     fn create_options(&self) -> Vec<String> {
@@ -329,7 +371,7 @@ fn plan(disk: DiskInput, instant: i64) -> Result<DiskPlan, ProviderError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{provider::Expected, segment::SegmentTable};
+    use crate::provider::Expected;
 
     #[test]
     fn the_plan_is_the_base_overwritten_without_zeroes() {
