@@ -5,6 +5,7 @@ use super::{
     buffers::Buffers,
     image::{Caching, Find, Image, ImageError, Punch},
     ranges::Ranges,
+    session,
 };
 use crate::{
     extent::{Extent, Extents},
@@ -24,8 +25,12 @@ use tokio::task::JoinSet;
 const MOST_WAITING: usize = 1 << 16;
 
 /// Bytes of the longest read that an export should be asked for on behalf of readers of files. QEMU takes the buffer of a longer one
-/// from the system, which costs it a third more work; a backup reads more at a time and gets more for it.
-pub const LONGEST_READ: u32 = 128 << 10;
+/// from the system and gives it back, which costs it half as much work again; a backup reads more at a time and gets more for it.
+pub const LONGEST_READ: u32 = 64 << 10;
+
+/// QEMU works on so many requests of one connection at a time. A connection that has less to do gets the next one: the more requests
+/// meet in one, the fewer times both sides wake up.
+const SERVED_AT_ONCE: usize = 16;
 
 /// Bytes of buffers that are kept for the next reads.
 const IDLE_BUFFERS: usize = 2 << 20;
@@ -135,11 +140,16 @@ impl ExportImage {
         largest.is_some_and(|largest| offset / largest != (end - 1) / largest)
     }
 
-    /// The connections, a different one first every time; a lost one is passed over.
+    /// The connection for the next read: one that QEMU has time for, or each in turn.
+    fn next_client(&self) -> usize {
+        let idle = self.clients.iter().position(|client| client.in_flight() < SERVED_AT_ONCE);
+        idle.unwrap_or_else(|| self.next.fetch_add(1, Ordering::Relaxed) % self.clients.len().max(1))
+    }
+
+    /// The connections, the next one first; a lost one is passed over.
     fn clients(&self) -> Vec<Client> {
-        let count = self.clients.len();
-        let first = self.next.fetch_add(1, Ordering::Relaxed);
-        (0..count).map(|n| self.clients[first.wrapping_add(n) % count].clone()).collect()
+        let first = self.next_client();
+        self.clients.iter().cycle().skip(first).take(self.clients.len()).cloned().collect()
     }
 }
 
@@ -204,6 +214,11 @@ impl Image for ExportImage {
         if whole && self.punching() == Punch::Refused { Caching::Cached } else { Caching::Direct }
     }
 
+    fn longest_read(&self) -> u32 {
+        // Where the kernel reads ahead, each answer can be used while the next is under way.
+        if self.caching() == Caching::Cached { LONGEST_READ } else { session::LONGEST_READ }
+    }
+
     fn punching(&self) -> Punch {
         if self.clients.iter().all(Client::can_trim) { Punch::Offered } else { Punch::Refused }
     }
@@ -236,8 +251,7 @@ impl Image for ExportImage {
         if !one || !self.has_still(offset, len) || self.crosses_border(offset, end) {
             return Some(answer);
         }
-        let turn = self.next.fetch_add(1, Ordering::Relaxed);
-        let Some(client) = self.clients.get(turn % self.clients.len().max(1)) else { return Some(answer) };
+        let Some(client) = self.clients.get(self.next_client()) else { return Some(answer) };
         if client.deadline() > answer.deadline() {
             return Some(answer);
         }

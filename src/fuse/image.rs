@@ -6,7 +6,7 @@
 use super::{
     ahead::{Ahead, Found},
     answer::{Doing, ReadAnswer, Shared},
-    session::{configure, directory_attributes, file_attributes},
+    session::{LONGEST_READ, configure, directory_attributes, file_attributes},
 };
 use crate::{nbd::NbdError, report::Events, restore::RestoreError};
 use async_trait::async_trait;
@@ -111,6 +111,11 @@ pub trait Image: Send + Sync + 'static {
     /// How the kernel may read.
     fn caching(&self) -> Caching;
 
+    /// How much the kernel should ask for at a time at most, bytes.
+    fn longest_read(&self) -> u32 {
+        LONGEST_READ
+    }
+
     /// Whether [`Image::punch`] does something.
     fn punching(&self) -> Punch;
 
@@ -186,7 +191,8 @@ const FIRST: u64 = 2;
 
 impl Filesystem for ImageView {
     fn init(&mut self, _: &Request, kernel: &mut KernelConfig) -> io::Result<()> {
-        configure(kernel);
+        let longest = self.images.iter().map(|image| image.longest_read()).max();
+        configure(kernel, longest.unwrap_or(LONGEST_READ));
         Ok(())
     }
 

@@ -18,7 +18,7 @@ use thiserror::Error;
 const DEVICE: &str = "/dev/fuse";
 /// The kernel's limit for one request (`fs.fuse.max_pages_limit`, 256 pages); larger values only cost memory: every thread of
 /// the session reserves a write of this size.
-const MAX_WRITE: u32 = 1 << 20;
+pub const LONGEST_READ: u32 = 1 << 20;
 /// Requests that the kernel sends ahead of their answers. Its default is 16.
 const MAX_BACKGROUND: u16 = 64;
 /// How long the session's thread may take to notice that its connection is gone.
@@ -109,7 +109,7 @@ pub struct MountOptions {
 }
 
 impl MountOptions {
-    /// What suits an export whose pages the kernel may keep: more is no faster, and each KiB is one of memory.
+    /// What suits an export whose pages the kernel may keep: eight requests at a time. More is no faster, and each KiB is one of memory.
     pub fn of_export() -> Self {
         Self { read_ahead_kib: Some(512), read_only: false }
     }
@@ -272,14 +272,16 @@ impl Drop for Mount {
     }
 }
 
-/// What every view wants of the kernel; for `Filesystem::init`.
+/// What every view wants of the kernel, which then asks for `longest_read` bytes at a time at most; for `Filesystem::init`.
 ///
 /// Without `FUSE_ASYNC_DIO` every asynchronous `O_DIRECT` read waits for the one before (a seventh of the speed).
-pub fn configure(kernel: &mut KernelConfig) {
+pub fn configure(kernel: &mut KernelConfig, longest_read: u32) {
     // What an old kernel does not offer is done without.
     let _ = kernel.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
-    let _ = kernel.set_max_write(MAX_WRITE);
-    if let Err(largest) = kernel.set_max_readahead(MAX_WRITE) {
+    // fuser has no other way to say it.
+    let longest = longest_read.clamp(4096, LONGEST_READ);
+    let _ = kernel.set_max_write(longest);
+    if let Err(largest) = kernel.set_max_readahead(longest) {
         let _ = kernel.set_max_readahead(largest);
     }
     let _ = kernel.set_max_background(MAX_BACKGROUND);
@@ -326,7 +328,7 @@ mod tests {
 
     impl Filesystem for Probe {
         fn init(&mut self, _: &Request, kernel: &mut KernelConfig) -> io::Result<()> {
-            configure(kernel);
+            configure(kernel, LONGEST_READ);
             Ok(())
         }
 

@@ -193,6 +193,11 @@ impl Client {
         self.info().max_block.min(self.longest_read)
     }
 
+    /// Requests that are under way, [`super::MAX_IN_FLIGHT`] at most, and that many when the connection takes no more.
+    pub fn in_flight(&self) -> usize {
+        self.connection().in_flight()
+    }
+
     /// Limit for every request, from the moment it is sent.
     pub fn deadline(&self) -> Duration {
         self.connection().deadline()

@@ -185,6 +185,11 @@ impl Connection {
         self.send(encode_request(self.info.framing, cookie, &asked, only_context).as_slice());
     }
 
+    pub(super) fn in_flight(&self) -> usize {
+        let free = if self.permits.is_closed() { 0 } else { self.permits.available_permits() };
+        MAX_IN_FLIGHT.saturating_sub(free)
+    }
+
     pub(super) fn deadline(&self) -> Duration {
         self.deadline
     }
