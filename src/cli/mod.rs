@@ -167,7 +167,7 @@ fn dirs(global: &Global) -> Dirs {
 }
 
 impl Command {
-    /// What a command may keep that reads archives, which others wrote. `None`: everything.
+    /// What a command may keep that reads what others wrote: archives, or a guest's disks. `None`: everything.
     fn confinement(&self, dirs: &Dirs, config: &Config) -> Option<Confinement> {
         let reading = |target: Option<&str>, destinations: Vec<PathBuf>| {
             // A target that does not exist is the command's to report.
@@ -182,6 +182,7 @@ impl Command {
             Self::Info(args) => reading(args.target(), Vec::new()),
             Self::Prune(args) => reading(args.target(), Vec::new()),
             Self::Mount(_) => Some(Confinement::Mount),
+            Self::Access(command) => command.confinement(dirs),
             _ => None,
         }
     }

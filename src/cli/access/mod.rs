@@ -10,9 +10,11 @@ use crate::{
     access::{ExportMode, FreezeMode, Teardown, by_hand::Kept},
     backup::{LeftBehind, Selection},
     by_hand::{self, Bitmap, MountState, Options, State},
+    config::Dirs,
     guest::{self, GuestId},
     provider::least_segment,
     report::Events,
+    rights::Confinement,
 };
 use anyhow::Result;
 use std::{path::PathBuf, time::Duration};
@@ -48,6 +50,19 @@ pub(super) enum AccessCommand {
         #[arg(value_name = "GUEST")]
         guest: Option<GuestId>,
     },
+}
+
+impl AccessCommand {
+    /// What a command may keep that only talks with QEMU's NBD server. The others start Proxmox VE's storage tools.
+    pub(super) fn confinement(&self, dirs: &Dirs) -> Option<Confinement> {
+        match self {
+            Self::Map(_) => {
+                Some(Confinement::Files { writable: vec![dirs.state.clone(), dirs.run.clone()], network: false })
+            }
+            Self::Mount(_) => Some(Confinement::Mount),
+            Self::Setup(_) | Self::Teardown(_) | Self::Status { .. } => None,
+        }
+    }
 }
 
 #[derive(clap::Args, Debug)]

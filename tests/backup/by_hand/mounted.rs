@@ -73,6 +73,18 @@ fn no_servers(site: &Site) {
     });
 }
 
+/// Who passes on what QEMU sends has given up what that does not take.
+#[track_caller]
+fn is_confined(pid: i32) {
+    const CAP_SYS_MODULE: u64 = 1 << 16;
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let value = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
+    if value("Uid:").starts_with("0\t") {
+        assert_eq!(value("Seccomp:"), "2", "{status}");
+        assert_eq!(u64::from_str_radix(&value("CapEff:"), 16).unwrap() & CAP_SYS_MODULE, 0, "{status}");
+    }
+}
+
 fn read(file: &File, offset: u64, len: u64) -> std::io::Result<Vec<u8>> {
     let mut bytes = vec![0; usize::try_from(len).unwrap()];
     file.read_exact_at(&mut bytes, offset).map(|()| bytes)
@@ -134,6 +146,8 @@ fn shows(kind: Kind) {
     site.vm.matching_instant(&pairs, seen..=seen).unwrap_or_else(|torn| panic!("{torn}"));
     assert!(!segment(&segments, "scsi0", 255).exists(), "the end of the disk was never written");
     assert_eq!(fs::metadata(segment(&segments, "scsi0", 3)).unwrap().len(), SEGMENT);
+
+    is_confined(pid(&told));
 
     // Nothing can be changed, and a second mount does not hide the first.
     let writing = |path: &Path| OpenOptions::new().write(true).open(path).unwrap_err().raw_os_error();
