@@ -75,6 +75,15 @@ fn qmp_garbage_on_proxmox() {
     at_commands(Kind::Proxmox, "QMP garbage", 6, || Fault::Garbage(GARBAGE.to_vec()));
 }
 
+/// The guest was paused for the instant, and runs on: nothing of that is left, and nobody has to be told.
+#[test]
+fn qmp_garbage_in_place_of_the_answer_to_cont() {
+    let Some(mut bench) = Bench::new("QMP garbage", "restic", Kind::Proxmox) else { return };
+    let run = |site: &Site| run_with(site, "cont", 1, Fault::Garbage(GARBAGE.to_vec()));
+    bench.case("QMP garbage at cont", run, |run| assert!(matches!(run.code, Some(0 | 3)), "{}", said(run)));
+    bench.verdict();
+}
+
 /// Longer than a command may take, where that is ten seconds; a long run has it at every command.
 fn stalled(kind: Kind, command: &str) {
     const STALL: Duration = Duration::from_millis(10_500);

@@ -138,6 +138,8 @@ impl Held {
         let resumed = match session.execute(&Cont {}).await {
             // The connection may be lost without QEMU being.
             Err(QmpError::Closed { .. }) => self.qmp.execute(&Cont {}).await,
+            // What came in place of the answer, or did not come yet, says nothing about the guest.
+            Err(QmpError::Protocol { .. } | QmpError::TimedOut { .. }) => session.execute(&Cont {}).await,
             other => other,
         };
         // On an error the watchdog is dropped, which sets it off.
