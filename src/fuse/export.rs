@@ -216,7 +216,7 @@ impl Image for ExportImage {
 
     fn longest_read(&self) -> u32 {
         // Where the kernel reads ahead, each answer can be used while the next is under way.
-        if self.caching() == Caching::Cached { LONGEST_READ } else { session::LONGEST_READ }
+        if self.caching() == Caching::Cached { LONGEST_READ } else { session::LARGEST_REQUEST }
     }
 
     fn punching(&self) -> Punch {

@@ -6,7 +6,7 @@
 use super::{
     ahead::{Ahead, Found},
     answer::{Doing, ReadAnswer, Shared},
-    session::{LONGEST_READ, configure, directory_attributes, file_attributes},
+    session::{LARGEST_REQUEST, configure, directory_attributes, file_attributes},
 };
 use crate::{nbd::NbdError, report::Events, restore::RestoreError};
 use async_trait::async_trait;
@@ -113,7 +113,7 @@ pub trait Image: Send + Sync + 'static {
 
     /// How much the kernel should ask for at a time at most, bytes.
     fn longest_read(&self) -> u32 {
-        LONGEST_READ
+        LARGEST_REQUEST
     }
 
     /// Whether [`Image::punch`] does something.
@@ -192,7 +192,7 @@ const FIRST: u64 = 2;
 impl Filesystem for ImageView {
     fn init(&mut self, _: &Request, kernel: &mut KernelConfig) -> io::Result<()> {
         let longest = self.images.iter().map(|image| image.longest_read()).max();
-        configure(kernel, longest.unwrap_or(LONGEST_READ));
+        configure(kernel, longest.unwrap_or(LARGEST_REQUEST));
         Ok(())
     }
 

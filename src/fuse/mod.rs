@@ -25,4 +25,4 @@ mod export_tests;
 
 pub use answer::ReadAnswer;
 pub use image::{Image, ImageError, ImageView, ViewOptions};
-pub use session::{FuseError, Mount, MountOptions, Unmounted};
+pub use session::{FuseError, LARGEST_REQUEST, Mount, MountOptions, Unmounted};

@@ -16,9 +16,9 @@ use std::{
 use thiserror::Error;
 
 const DEVICE: &str = "/dev/fuse";
-/// The kernel's limit for one request (`fs.fuse.max_pages_limit`, 256 pages); larger values only cost memory: every thread of
+/// Bytes of the largest request: the kernel's limit (`fs.fuse.max_pages_limit`, 256 pages). Larger values only cost memory: every thread of
 /// the session reserves a write of this size.
-pub const LONGEST_READ: u32 = 1 << 20;
+pub const LARGEST_REQUEST: u32 = 1 << 20;
 /// Requests that the kernel sends ahead of their answers. Its default is 16.
 const MAX_BACKGROUND: u16 = 64;
 /// How long the session's thread may take to notice that its connection is gone.
@@ -279,7 +279,7 @@ pub fn configure(kernel: &mut KernelConfig, longest_read: u32) {
     // What an old kernel does not offer is done without.
     let _ = kernel.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
     // fuser has no other way to say it.
-    let longest = longest_read.clamp(4096, LONGEST_READ);
+    let longest = longest_read.clamp(4096, LARGEST_REQUEST);
     let _ = kernel.set_max_write(longest);
     if let Err(largest) = kernel.set_max_readahead(longest) {
         let _ = kernel.set_max_readahead(largest);
@@ -328,7 +328,7 @@ mod tests {
 
     impl Filesystem for Probe {
         fn init(&mut self, _: &Request, kernel: &mut KernelConfig) -> io::Result<()> {
-            configure(kernel, LONGEST_READ);
+            configure(kernel, LARGEST_REQUEST);
             Ok(())
         }
 

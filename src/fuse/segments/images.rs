@@ -14,7 +14,7 @@ use crate::{
     fuse::{
         answer::{ReadAnswer, Shared},
         image::{Caching, Image, ViewOptions},
-        session::{LONGEST_READ, configure, directory_attributes, file_attributes},
+        session::{LARGEST_REQUEST, configure, directory_attributes, file_attributes},
     },
     segment::{Content, SegmentLen},
 };
@@ -182,7 +182,7 @@ impl CutView {
 
 impl Filesystem for CutView {
     fn init(&mut self, _: &Request, kernel: &mut KernelConfig) -> io::Result<()> {
-        configure(kernel, LONGEST_READ);
+        configure(kernel, LARGEST_REQUEST);
         Ok(())
     }
 

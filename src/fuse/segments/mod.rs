@@ -9,8 +9,8 @@
 //! ```
 //!
 //! Sizes and times of all segments are known at once: from the base's table and from what the copy engine is going to read.
-//! The content of changed segments comes from the engine, in order, when a reader asks for it; nothing is kept. So there can be
-//! one reader only, and it has to read the changed segments in order, each once: inode numbers grow in that order, and so do
+//! The content of changed segments comes from the engine, in order, when a reader asks for it; only the last one is kept, for a
+//! kernel that has dropped its pages before the reader had them. So there can be one reader only, and it has to read the changed segments in order, each once: inode numbers grow in that order, and so do
 //! names, whichever a program sorts by. Segments that did not change have no content here: reading one is a failure, and ends
 //! the backup. The tables and the manifest exist when everything before them was read; looking the manifest up waits for it.
 

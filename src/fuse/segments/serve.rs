@@ -1,6 +1,7 @@
 //! What the kernel asks of the segment view.
 
 use super::{DISKS, MANIFEST, Node, SegmentView, State, TTL, segment_name, shard_name};
+use crate::fuse::LARGEST_REQUEST;
 use fuser::{
     Errno, FileHandle, Filesystem, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr,
     ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
@@ -9,7 +10,7 @@ use std::{ffi::OsStr, io, time::Duration};
 
 impl Filesystem for SegmentView {
     fn init(&mut self, _request: &Request, kernel: &mut KernelConfig) -> io::Result<()> {
-        let _ = kernel.set_max_write(1 << 20);
+        let _ = kernel.set_max_write(LARGEST_REQUEST);
         // Attributes come with the names: a reader that looks at every file, as borg does, asks nothing more of us.
         let _ = kernel.add_capabilities(InitFlags::FUSE_DO_READDIRPLUS);
         Ok(())
@@ -91,19 +92,13 @@ impl Filesystem for SegmentView {
         mut reply: ReplyDirectoryPlus,
     ) {
         let state = self.lock();
-        let mut broken = None;
-        let listed = list(&state, Node::of(inode), offset, |next, node, name| match self.attributes(&state, node) {
-            Ok(attributes) => {
-                // The manifest is made when somebody looks it up, which must not be spared.
-                let ttl = if node == Node::Manifest { Duration::ZERO } else { TTL };
-                reply.add(attributes.ino, next, name, &ttl, &attributes, Generation(0))
-            }
-            Err(error) => {
-                broken = Some(error);
-                true
-            }
+        let listed = list(&state, Node::of(inode), offset, |next, node, name| {
+            // The manifest is made when somebody looks it up, which must not be spared.
+            let ttl = if node == Node::Manifest { Duration::ZERO } else { TTL };
+            self.attributes(&state, node)
+                .is_ok_and(|attributes| reply.add(attributes.ino, next, name, &ttl, &attributes, Generation(0)))
         });
-        match listed.and(broken.map_or(Ok(()), Err)) {
+        match listed {
             Ok(()) => reply.ok(),
             Err(error) => reply.error(error),
         }
@@ -118,49 +113,38 @@ fn list(state: &State, node: Node, offset: u64, mut add: impl FnMut(u64, Node, &
             return Ok(());
         }
     }
-    let mut from = offset.max(2) - 2;
-    match node {
+    let from = offset.max(2) - 2;
+    let disk = |at: usize| state.disks.get(at).ok_or(Errno::ENOENT);
+    let entries: Box<dyn Iterator<Item = (Node, String)>> = match node {
         Node::Root => {
-            let members = state.members.iter().enumerate().map(|(at, m)| (Node::Member(at), m.0.as_str()));
-            let list = members.chain([(Node::Disks, DISKS), (Node::Manifest, MANIFEST)]);
-            for (node, name) in list.skip(from as usize) {
-                from += 1;
-                if add(from + 2, node, name) {
-                    break;
-                }
-            }
+            let members = state.members.iter().enumerate().map(|(at, member)| (Node::Member(at), member.0.clone()));
+            Box::new(members.chain([(Node::Disks, DISKS.to_owned()), (Node::Manifest, MANIFEST.to_owned())]))
         }
-        Node::Disks => {
-            let list = state.disks.iter().enumerate().flat_map(|(at, disk)| {
-                let name = &disk.plan.name;
-                [(Node::Disk(at), name.clone()), (Node::Table(at), format!("{name}.segments"))]
-            });
-            for (node, name) in list.skip(from as usize) {
-                from += 1;
-                if add(from + 2, node, &name) {
-                    break;
-                }
-            }
+        Node::Disks => Box::new(state.disks.iter().enumerate().flat_map(|(at, disk)| {
+            let name = &disk.plan.name;
+            [(Node::Disk(at), name.clone()), (Node::Table(at), format!("{name}.segments"))]
+        })),
+        Node::Shard(at, shard) => {
+            let records = disk(at)?.shard(shard).iter();
+            Box::new(records.map(move |record| (Node::Segment(at, record.index), segment_name(record.index))))
         }
-        Node::Disk(disk) => {
-            let it = state.disks.get(disk).ok_or(Errno::ENOENT)?;
-            while let Some(shard) = it.next_shard(from) {
+        // Of the possibly many of a disk those before the offset are not looked at.
+        Node::Disk(at) => {
+            let (disk, mut from) = (disk(at)?, from);
+            while let Some(shard) = disk.next_shard(from) {
                 from = shard + 1;
-                if add(from + 2, Node::Shard(disk, shard), &shard_name(shard)) {
+                if add(from + 2, Node::Shard(at, shard), &shard_name(shard)) {
                     break;
                 }
             }
-        }
-        Node::Shard(disk, shard) => {
-            let it = state.disks.get(disk).ok_or(Errno::ENOENT)?;
-            for record in it.shard(shard).iter().skip(from as usize) {
-                from += 1;
-                if add(from + 2, Node::Segment(disk, record.index), &segment_name(record.index)) {
-                    break;
-                }
-            }
+            return Ok(());
         }
         Node::Member(_) | Node::Segment(..) | Node::Table(_) | Node::Manifest => return Err(Errno::ENOTDIR),
+    };
+    for (next, (node, name)) in (3..).zip(entries).skip(from as usize) {
+        if add(next, node, &name) {
+            break;
+        }
     }
     Ok(())
 }

@@ -8,7 +8,7 @@
 //!
 //! What borg skips must be what did not change, and the other way round. The view sees what borg reads: an unchanged segment
 //! that is read, or a changed one that is not, fails the backup, and makes the next one a full one. `known` says which archive
-//! of a guest the files cache belongs to; without that, or without the files cache, a full backup is asked for at once.
+//! of a guest the files cache belongs to, and has its segment tables with their digests; without that, or without the files cache, a full backup is asked for at once.
 //!
 //! # When an archive counts
 //!

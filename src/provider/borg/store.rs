@@ -10,7 +10,7 @@ use crate::{
     archive::{ArchiveId, ArchiveName},
     config::create_private_dir,
     fuse::{
-        Mount, MountOptions,
+        LARGEST_REQUEST, Mount, MountOptions,
         segments::{DiskPlan, MANIFEST, MAX_DISKS, MAX_SEGMENTS, Seen, SeenTable, SegmentView, ViewFailure},
     },
     provider::{BackupInput, DiskInput, DiskQuery, ErrorKind, ProviderError, Stored},
@@ -25,7 +25,7 @@ use std::{
 };
 
 /// The kernel fetches a segment with one request, and looks at no time of reading, which would be one more.
-const VIEW: MountOptions = MountOptions { read_ahead_kib: Some(1024), read_only: true };
+const VIEW: MountOptions = MountOptions { read_ahead_kib: Some(LARGEST_REQUEST >> 10), read_only: true };
 
 /// What borg says where a guest has no files cache yet. Where it should have one the view fails the backup.
 const NO_FILES_CACHE: [&str; 2] = ["The files cache can't be read.", "Continuing without files cache"];

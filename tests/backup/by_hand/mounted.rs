@@ -148,6 +148,9 @@ fn shows(kind: Kind) {
     assert_eq!(fs::metadata(segment(&segments, "scsi0", 3)).unwrap().len(), SEGMENT);
 
     is_confined(pid(&told));
+    let look = ["access", "map", site.guest(), "scsi0"];
+    let looked = Run::of(&site.program.command(&look).env("PVEBACKUP_LOG", "pvebackup=debug").output().unwrap()).ok();
+    assert!(looked.stderr.contains("system_calls: true"), "{}", looked.stderr);
 
     // Nothing can be changed, and a second mount does not hide the first.
     let writing = |path: &Path| OpenOptions::new().write(true).open(path).unwrap_err().raw_os_error();
