@@ -53,7 +53,7 @@ pub use qmp::{JsonStream, QmpClient, QmpFailure, send};
 pub use site::{Kind, Site, VMID};
 pub use small_fs::SmallFs;
 pub use tally::{Tally, Verdict};
-pub use tiny_guest::{BOOT_LIMIT, TinyKit, TinyTask, TornLitmus, assert_ext4_sound, litmus, make_ext4};
+pub use tiny_guest::{BOOT_LIMIT, TinyKit, TinyTask, TornLitmus, assert_boots, assert_ext4_sound, litmus, make_ext4};
 pub use tracer::{Point, Points, Traced, run_traced};
 pub use vm::{Accel, Vm, VmBuilder, old_qemu};
 pub use writer::GuestWriter;

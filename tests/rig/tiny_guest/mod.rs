@@ -9,7 +9,10 @@ mod kit;
 
 pub use kit::TinyKit;
 
-use super::vm::{Vm, VmBuilder};
+use super::{
+    disk::DiskSpec,
+    vm::{Vm, VmBuilder},
+};
 use std::{
     collections::BTreeSet,
     fmt, fs,
@@ -170,6 +173,16 @@ pub fn assert_ext4_sound(image: &Path) {
     run(Command::new("e2fsck").args(["-E", "journal_only", "-p"]).arg(&copy));
     run(Command::new("e2fsck").args(["-f", "-n"]).arg(&copy));
     fs::remove_file(copy).unwrap();
+}
+
+/// Boots a guest that finds every file of [`TinyTask::Files`] on `disk` as it was written, and in `marker` the line `restored`.
+pub fn assert_boots(kit: &TinyKit, disk: DiskSpec) {
+    let mut vm = VmBuilder::new().disk_spec(disk).tiny(kit, &TinyTask::Check { disk: "sda".into() }).start();
+    let checked = vm.wait_for_line("rig: checked", BOOT_LIMIT);
+    assert!(checked.ends_with(" 0 bad") && !checked.contains("checked 0 good"), "{checked}");
+    // md5 of "restored\n"
+    vm.wait_for_line("rig: marker 59ec69fccca64cd638f1a7bf443b435c", Duration::from_secs(5));
+    assert!(vm.wait_end().success());
 }
 
 fn run(command: &mut Command) {
