@@ -11,7 +11,7 @@ use pvebackup::{
         ImageView, Mount, MountOptions, ViewOptions,
         export::{ExportImage, ExportOptions, LONGEST_READ},
     },
-    nbd::{Client, ConnectOptions},
+    nbd::{Client, ConnectOptions, Lane},
     report::{Events, Json, Output},
     segment::Content,
 };
@@ -36,9 +36,13 @@ async fn main() -> Result<()> {
     while clients.len() < connections && clients[0].can_multi_conn() {
         clients.push(Client::connect(&options).await?);
     }
+    let mut lanes = Vec::new();
+    while lanes.len() < if clients[0].can_multi_conn() { 2 } else { 1 } {
+        lanes.push(Lane::connect(&options).await?);
+    }
     let content = Extents::uniform(clients[0].size(), Content::Data);
     let options = ExportOptions { grain: 64 << 10, largest_request: None };
-    let image = ExportImage::new("disk".into(), content, clients, options);
+    let image = ExportImage::new("disk".into(), content, clients, options).with_lanes(lanes);
     let view = ImageView::new(
         vec![Arc::new(image)],
         ViewOptions {
@@ -48,7 +52,8 @@ async fn main() -> Result<()> {
         },
     );
     let dir = std::path::PathBuf::from(dir);
-    let mount = tokio::task::spawn_blocking(move || Mount::start(&dir, view, MountOptions::of_export())).await??;
+    let mount =
+        tokio::task::spawn_blocking(move || Mount::start_images(&dir, view, MountOptions::of_export())).await??;
     println!("mounted");
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     tokio::select! {

@@ -9,8 +9,8 @@ use crate::{
     config::Dirs,
     copy::{CopyError, DiskMap},
     fuse::{
-        FuseError, Image, ImageView, Mount, MountOptions, Unmounted, ViewOptions,
-        export::{ExportImage, ExportOptions},
+        FuseError, Image, ImageView, Mount, MountOptions, ReadAnswer, Unmounted, ViewOptions,
+        export::{ExportImage, ExportOptions, LONGEST_READ},
         mounts,
         segments::{
             MAX_DISKS, MAX_SEGMENTS,
@@ -19,7 +19,7 @@ use crate::{
     },
     guest::GuestId,
     journal::{Journal, ProcessIdentity, Step},
-    nbd::Client,
+    nbd::{Client, ConnectOptions, Lane},
     report::Events,
     segment::{Content, SegmentLens},
 };
@@ -33,6 +33,8 @@ use tokio::task::spawn_blocking;
 
 /// Connections to each export. A reader of one file has many reads under way when it reads ahead.
 const CONNECTIONS: usize = 4;
+/// Of these as well, for small reads. With more of them fewer requests meet in one.
+const LANES: usize = 2;
 /// The smallest unit that QEMU discards, bytes: the filter's cluster.
 const CLUSTER: u64 = 64 << 10;
 
@@ -112,10 +114,11 @@ pub async fn mount(dirs: &Dirs, guest: &GuestId, wanted: Showing, events: Events
             let mut images = Vec::with_capacity(opened.len());
             for disk in opened {
                 disks.push(disk.shown(None));
-                images.push(disk.image());
+                let lanes = disk.lanes(&kept.socket).await?;
+                images.push(disk.image(lanes));
             }
             let view = ImageView::new(images, options);
-            start(&journal, &step, move || Mount::start(&path, view, MountOptions::of_export())).await?
+            start(&journal, &step, move || Mount::start_images(&path, view, MountOptions::of_export())).await?
         }
         View::Segment => {
             if opened.len() > MAX_DISKS {
@@ -127,7 +130,7 @@ pub async fn mount(dirs: &Dirs, guest: &GuestId, wanted: Showing, events: Events
                 if len.count(disk.access.size) > MAX_SEGMENTS {
                     bail!("disk `{}` has too many segments; configure longer ones", disk.access.name);
                 }
-                let part = CutImage::new(disk.image(), len, &disk.shown.content, &disk.changed.content)?;
+                let part = CutImage::new(disk.image(Vec::new()), len, &disk.shown.content, &disk.changed.content)?;
                 disks.push(disk.shown(Some(part.counts())));
                 cut.push(part);
             }
@@ -181,10 +184,23 @@ impl Opened {
         Ok(Self { access: disk.clone(), clients, changed, shown })
     }
 
-    fn image(&self) -> Arc<dyn Image> {
+    /// Connections for small reads.
+    async fn lanes(&self, socket: &Path) -> Result<Vec<Lane<ReadAnswer>>, CopyError> {
+        let options = connection(socket, &self.access, Vec::new());
+        let options = ConnectOptions { longest_read: options.longest_read.min(LONGEST_READ), ..options };
+        let mut lanes = Vec::new();
+        while lanes.len() < if self.clients[0].can_multi_conn() { LANES } else { 1 } {
+            let lane = Lane::connect(&options).await;
+            lanes.push(lane.map_err(|source| CopyError::Nbd { disk: self.access.name.clone(), source })?);
+        }
+        Ok(lanes)
+    }
+
+    fn image(&self, lanes: Vec<Lane<ReadAnswer>>) -> Arc<dyn Image> {
         let options =
             ExportOptions { grain: self.access.granularity.max(CLUSTER), largest_request: self.access.largest_request };
-        Arc::new(ExportImage::new(self.access.name.clone(), self.shown.content.clone(), self.clients.clone(), options))
+        let (name, content) = (self.access.name.clone(), self.shown.content.clone());
+        Arc::new(ExportImage::new(name, content, self.clients.clone(), options).with_lanes(lanes))
     }
 
     fn shown(&self, segments: Option<(u64, u64)>) -> ShownDisk {

@@ -79,7 +79,7 @@ pub(super) async fn run(args: MountArgs, context: Context) -> Result<u8> {
         let record = Record::begin(&records, &dir)
             .inspect_err(|error| tracing::warn!("`recover` will not know of this mount: {error}"))
             .ok();
-        match (Mount::start(&dir, view, options), record) {
+        match (Mount::start_images(&dir, view, options), record) {
             (Ok(mount), record) => Ok((mount, record)),
             (Err(error), record) => {
                 if let Some(record) = record {

@@ -2,10 +2,11 @@
 
 use super::{
     ahead::{Coming, Turn},
+    device::Device,
     image::{Image, ImageError, ViewOptions},
 };
 use crate::report::Events;
-use fuser::ReplyData;
+use fuser::{Errno, ReplyData};
 use std::{
     fmt::{self, Display, Write},
     sync::{Arc, Mutex, PoisonError},
@@ -35,9 +36,62 @@ impl Shared {
         }
     }
 
-    pub async fn in_time<T>(&self, work: impl Future<Output = Result<T, ImageError>>) -> Result<T, ImageError> {
+    pub async fn in_time<T>(
+        &self,
+        begun: Instant,
+        work: impl Future<Output = Result<T, ImageError>>,
+    ) -> Result<T, ImageError> {
         let deadline = self.options.deadline;
-        timeout(deadline, work).await.unwrap_or(Err(ImageError::TimedOut(deadline)))
+        let left = deadline.saturating_sub(begun.elapsed());
+        timeout(left, work).await.unwrap_or(Err(ImageError::TimedOut(deadline)))
+    }
+}
+
+/// Where a read is answered. The reader gets an error if nobody ever does.
+pub(super) enum Reply {
+    /// By fuser.
+    Fuser(ReplyData),
+    /// By ourselves.
+    Device(DeviceReply),
+}
+
+pub(super) struct DeviceReply {
+    device: Arc<Device>,
+    /// Absent once it is answered.
+    unique: Option<u64>,
+}
+
+impl Reply {
+    pub fn device(device: Arc<Device>, unique: u64) -> Self {
+        Self::Device(DeviceReply { device, unique: Some(unique) })
+    }
+
+    pub fn data(self, bytes: &[u8]) {
+        match self {
+            Self::Fuser(reply) => reply.data(bytes),
+            Self::Device(mut reply) => reply.give(Ok(bytes)),
+        }
+    }
+
+    pub fn error(self, errno: Errno) {
+        match self {
+            Self::Fuser(reply) => reply.error(errno),
+            Self::Device(mut reply) => reply.give(Err(errno)),
+        }
+    }
+}
+
+impl DeviceReply {
+    fn give(&mut self, answer: Result<&[u8], Errno>) {
+        if let Some(unique) = self.unique.take() {
+            self.device.answer(unique, answer);
+        }
+    }
+}
+
+impl Drop for DeviceReply {
+    fn drop(&mut self) {
+        self.give(Err(Errno::EIO));
     }
 }
 
@@ -47,17 +101,13 @@ pub struct ReadAnswer {
     pub(super) image: Arc<dyn Image>,
     pub(super) offset: u64,
     pub(super) len: usize,
-    pub(super) reply: ReplyData,
+    pub(super) reply: Reply,
+    pub(super) begun: Instant,
     /// Held until the answer, and not longer: the next read may come before we know that this one was answered.
     pub(super) turn: Option<Turn>,
 }
 
 impl ReadAnswer {
-    /// How long the reader waits at most.
-    pub fn deadline(&self) -> Duration {
-        self.shared.options.deadline
-    }
-
     /// Here they are.
     pub fn data(self, bytes: &[u8]) {
         drop(self.turn);
@@ -75,7 +125,7 @@ impl ReadAnswer {
     pub fn by_task(self) {
         let (shared, image) = (self.shared.clone(), self.image.clone());
         self.shared.runtime.clone().spawn(async move {
-            match shared.in_time(image.read(self.offset, self.len)).await {
+            match shared.in_time(self.begun, image.read(self.offset, self.len)).await {
                 Ok(bytes) => self.data(&bytes),
                 Err(error) => self.fail(&error),
             }
@@ -92,7 +142,7 @@ impl ReadAnswer {
                     _ => image.read(self.offset, self.len).await,
                 }
             };
-            match shared.in_time(work).await {
+            match shared.in_time(self.begun, work).await {
                 Ok(bytes) => self.data(&bytes),
                 Err(error) => self.fail(&error),
             }

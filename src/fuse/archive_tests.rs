@@ -68,7 +68,7 @@ impl Shown {
 pub(super) fn show(images: Vec<Arc<dyn Image>>, deadline: Duration) -> Option<Shown> {
     let (dir, log) = (tempfile::tempdir().expect("directory"), Arc::new(Collector::new()));
     let options = ViewOptions { deadline, time: SystemTime::UNIX_EPOCH, events: Events::new("100", log.clone()) };
-    match Mount::start(
+    match Mount::start_images(
         dir.path(),
         ImageView::new(images, options),
         MountOptions { read_ahead_kib: Some(4096), ..MountOptions::default() },

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     extent::{Extent, Extents},
-    nbd::{Client, NbdError, ReadDone},
+    nbd::{Client, Lane, NbdError},
     segment::Content,
 };
 use async_trait::async_trait;
@@ -24,13 +24,9 @@ use tokio::task::JoinSet;
 /// the fleecing image.
 const MOST_WAITING: usize = 1 << 16;
 
-/// Bytes of the longest read that an export should be asked for on behalf of readers of files. QEMU takes the buffer of a longer one
+/// Bytes of the longest read that an export should be asked for on behalf of readers of files. From 128 KiB on QEMU takes the buffer
 /// from the system and gives it back, which costs it half as much work again; a backup reads more at a time and gets more for it.
-pub const LONGEST_READ: u32 = 64 << 10;
-
-/// QEMU works on so many requests of one connection at a time. A connection that has less to do gets the next one: the more requests
-/// meet in one, the fewer times both sides wake up.
-const SERVED_AT_ONCE: usize = 16;
+pub const LONGEST_READ: u32 = 96 << 10;
 
 /// Bytes of buffers that are kept for the next reads.
 const IDLE_BUFFERS: usize = 2 << 20;
@@ -50,6 +46,7 @@ pub struct ExportImage {
     name: String,
     content: Extents<Content>,
     clients: Vec<Client>,
+    lanes: Mutex<Vec<Lane<ReadAnswer>>>,
     next: AtomicUsize,
     options: ExportOptions,
     buffers: Arc<Buffers>,
@@ -73,11 +70,18 @@ impl ExportImage {
             name,
             content,
             clients,
+            lanes: Mutex::default(),
             next: AtomicUsize::new(0),
             options,
             buffers: Buffers::new(IDLE_BUFFERS),
             punched: Mutex::default(),
         }
+    }
+
+    /// Reads of few bytes go over `lanes`, where the file is mounted as an image.
+    #[must_use]
+    pub fn with_lanes(self, lanes: Vec<Lane<ReadAnswer>>) -> Self {
+        Self { lanes: Mutex::new(lanes), ..self }
     }
 
     /// The extents from the one that has `offset` on.
@@ -140,15 +144,9 @@ impl ExportImage {
         largest.is_some_and(|largest| offset / largest != (end - 1) / largest)
     }
 
-    /// The connection for the next read: one that QEMU has time for, or each in turn.
-    fn next_client(&self) -> usize {
-        let idle = self.clients.iter().position(|client| client.in_flight() < SERVED_AT_ONCE);
-        idle.unwrap_or_else(|| self.next.fetch_add(1, Ordering::Relaxed) % self.clients.len().max(1))
-    }
-
     /// The connections, the next one first; a lost one is passed over.
     fn clients(&self) -> Vec<Client> {
-        let first = self.next_client();
+        let first = self.next.fetch_add(1, Ordering::Relaxed) % self.clients.len().max(1);
         self.clients.iter().cycle().skip(first).take(self.clients.len()).cloned().collect()
     }
 }
@@ -167,25 +165,6 @@ async fn read_part(clients: Vec<Client>, buffers: Arc<Buffers>, start: u64, end:
         }
     }
     Err(lost)
-}
-
-/// A read that its connection answers.
-struct Waiting {
-    answer: ReadAnswer,
-    buffers: Arc<Buffers>,
-}
-
-impl ReadDone for Waiting {
-    fn read_done(self, outcome: Result<BytesMut, NbdError>) {
-        match outcome {
-            Ok(bytes) => {
-                self.answer.data(&bytes);
-                self.buffers.put(bytes);
-            }
-            Err(error) if is_lost(&error) => self.answer.by_task(),
-            Err(error) => self.answer.fail(&error.into()),
-        }
-    }
 }
 
 /// Whether another connection may still live.
@@ -245,24 +224,14 @@ impl Image for ExportImage {
         Ok(whole.freeze())
     }
 
-    fn start_read(&self, offset: u64, len: usize, answer: ReadAnswer) -> Option<ReadAnswer> {
+    fn take_lanes(&self) -> Vec<Lane<ReadAnswer>> {
+        std::mem::take(&mut *self.lanes.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn is_one_read(&self, offset: u64, len: usize) -> bool {
         let end = offset + len as u64;
         let one = matches!(self.from(offset), [extent, ..] if extent.state == Content::Data && end <= extent.end());
-        if !one || !self.has_still(offset, len) || self.crosses_border(offset, end) {
-            return Some(answer);
-        }
-        let Some(client) = self.clients.get(self.next_client()) else { return Some(answer) };
-        if client.deadline() > answer.deadline() {
-            return Some(answer);
-        }
-        let waiting = Waiting { answer, buffers: self.buffers.clone() };
-        match client.start_read(offset, self.buffers.take(len), waiting) {
-            Ok(()) => None,
-            Err((buffer, waiting)) => {
-                self.buffers.put(buffer);
-                Some(waiting.answer)
-            }
-        }
+        one && self.has_still(offset, len) && !self.crosses_border(offset, end)
     }
 
     fn has_still(&self, offset: u64, len: usize) -> bool {

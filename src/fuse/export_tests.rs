@@ -1,13 +1,14 @@
 //! Exports of a real QEMU storage daemon, mounted for real.
 
 use super::{
+    ReadAnswer,
     archive_tests::{data_map, read_direct, show},
-    export::{ExportImage, ExportOptions},
+    export::{ExportImage, ExportOptions, LONGEST_READ},
     image::Image,
 };
 use crate::{
     extent::{Extent, Extents},
-    nbd::{Client, ConnectOptions},
+    nbd::{Client, ConnectOptions, Lane},
     segment::Content,
 };
 use bytes::BytesMut;
@@ -90,26 +91,41 @@ impl Access {
     }
 
     async fn connect_within(&self, deadline: Duration) -> Client {
-        let options = ConnectOptions {
+        Client::connect(&self.options(deadline)).await.expect("connects")
+    }
+
+    fn options(&self, deadline: Duration) -> ConnectOptions {
+        ConnectOptions {
             socket: self.room.path().join("nbd.sock"),
             export: "snapshot".into(),
             contexts: Vec::new(),
             deadline,
             longest_read: ConnectOptions::LONGEST_READ,
-        };
-        Client::connect(&options).await.expect("connects")
+        }
     }
 
     async fn image(&self, content: Extents<Content>) -> Vec<Arc<dyn Image>> {
+        self.image_with_lanes_of(self, content).await
+    }
+
+    async fn image_with_lanes_of(&self, other: &Self, content: Extents<Content>) -> Vec<Arc<dyn Image>> {
         let clients = vec![self.connect().await, self.connect().await];
         let options = ExportOptions { grain: CLUSTER, largest_request: None };
-        vec![Arc::new(ExportImage::new("scsi0".into(), content, clients, options))]
+        let image = ExportImage::new("scsi0".into(), content, clients, options);
+        let lanes = vec![other.lane().await, other.lane().await];
+        vec![Arc::new(image.with_lanes(lanes))]
+    }
+
+    async fn lane(&self) -> Lane<ReadAnswer> {
+        let options = ConnectOptions { longest_read: LONGEST_READ, ..self.options(Duration::from_secs(20)) };
+        Lane::connect(&options).await.expect("connects")
     }
 
     async fn image_within(&self, deadline: Duration) -> Vec<Arc<dyn Image>> {
         let clients = vec![self.connect_within(deadline).await];
         let options = ExportOptions { grain: CLUSTER, largest_request: None };
-        vec![Arc::new(ExportImage::new("scsi0".into(), all_data(), clients, options))]
+        let image = ExportImage::new("scsi0".into(), all_data(), clients, options);
+        vec![Arc::new(image.with_lanes(vec![self.lane().await]))]
     }
 
     /// Writes as the guest would, and tells the bytes that the fleecing image has then.
@@ -340,4 +356,49 @@ async fn readers_get_errors_when_qemu_is_gone() {
     access.child.wait().expect("gone");
     assert_eq!(read_direct(&path, 0, 4096).expect_err("gone").raw_os_error(), Some(Errno::EIO as i32));
     assert!(shown.log.warnings()[0].contains("closed"), "{:?}", shown.log.warnings());
+}
+
+/// The first connections that are asked lead to a server that dies; the others know better.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_connection_fails_to_bring_is_asked_of_another() {
+    let (Some(access), Some(mut other)) = (Access::start(), Access::start()) else { return };
+    let images = access.image_with_lanes_of(&other, all_data()).await;
+    let Some(shown) = show(images, Duration::from_secs(20)) else { return };
+    let path = shown.path("scsi0");
+    std::thread::scope(|scope| {
+        for reader in 0..8u64 {
+            let path = &path;
+            scope.spawn(move || {
+                for round in 0..400u64 {
+                    let offset = (reader * 131 + round * 977) % (SIZE / 4096) * 4096;
+                    let read = read_direct(path, offset, 4096).expect("read");
+                    assert!(read == expected(offset, read.len() as u64), "reader {reader}: {offset}");
+                }
+            });
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        other.child.kill().expect("kill");
+    });
+    assert_eq!(shown.log.warnings(), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_is_killed_leaves_the_others_alone() {
+    let Some(access) = Access::start() else { return };
+    let Some(shown) = show(access.image(all_data()).await, Duration::from_secs(20)) else { return };
+    let path = shown.path("scsi0");
+    for _ in 0..10 {
+        access.signal(Signal::SIGSTOP);
+        let input = format!("if={}", path.display());
+        let reader =
+            Command::new("dd").args([&input, "of=/dev/null", "bs=4096", "iflag=direct", "status=none"]).spawn();
+        let mut reader = reader.expect("dd");
+        std::thread::sleep(Duration::from_millis(20));
+        // Interrupted while its read is under way.
+        reader.kill().expect("kill");
+        access.signal(Signal::SIGCONT);
+        reader.wait().expect("gone");
+        assert!(read_direct(&path, MIB, 8192).expect("read") == expected(MIB, 8192));
+    }
+    assert_eq!(shown.log.warnings(), [""; 0]);
 }

@@ -5,16 +5,21 @@
 
 use super::{
     ahead::{Ahead, Found},
-    answer::{Doing, ReadAnswer, Shared},
+    answer::{Doing, ReadAnswer, Reply, Shared},
+    reads::Lanes,
     session::{LARGEST_REQUEST, configure, directory_attributes, file_attributes},
 };
-use crate::{nbd::NbdError, report::Events, restore::RestoreError};
+use crate::{
+    nbd::{Lane, NbdError},
+    report::Events,
+    restore::RestoreError,
+};
 use async_trait::async_trait;
 use bytes::Bytes;
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, KernelConfig,
-    LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty,
-    ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyDirectory, ReplyEmpty, ReplyEntry,
+    ReplyLseek, ReplyOpen, ReplyStatfs, Request, TimeOrNow,
 };
 use std::{
     collections::HashMap,
@@ -25,7 +30,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 use thiserror::Error;
 
@@ -122,10 +127,14 @@ pub trait Image: Send + Sync + 'static {
     /// `len` bytes at `offset`, which lie inside the file; with [`Caching::Direct`] also fewer, but at least one.
     async fn read(&self, offset: u64, len: usize) -> Result<Bytes, ImageError>;
 
-    /// Answers [`Image::read`] without a task, if that is possible: from whatever thread, later, and within `answer.deadline()`.
-    /// Otherwise `answer` comes back.
-    fn start_read(&self, _offset: u64, _len: usize, answer: ReadAnswer) -> Option<ReadAnswer> {
-        Some(answer)
+    /// Connections for reads that [`Image::is_one_read`] says yes to; from the second call on none.
+    fn take_lanes(&self) -> Vec<Lane<ReadAnswer>> {
+        Vec::new()
+    }
+
+    /// Whether `len` bytes at `offset` can be asked for as they are, in one request.
+    fn is_one_read(&self, _offset: u64, _len: usize) -> bool {
+        false
     }
 
     /// Whether all of `len` bytes at `offset`, which could be read before, still can.
@@ -151,19 +160,68 @@ pub struct ViewOptions {
     pub events: Events,
 }
 
-/// A directory of images.
+/// A directory of images. Clones show the same.
+#[derive(Clone)]
 pub struct ImageView {
-    images: Vec<Arc<dyn Image>>,
+    images: Arc<[Arc<dyn Image>]>,
     shared: Arc<Shared>,
     /// Open files that the kernel does not read ahead of.
-    open: Mutex<HashMap<u64, Arc<Ahead>>>,
-    next_handle: AtomicU64,
+    open: Arc<Mutex<HashMap<u64, Arc<Ahead>>>>,
+    next_handle: Arc<AtomicU64>,
 }
 
 impl ImageView {
     /// Shows `images`, whose names differ. Requests are answered by tasks of the tokio runtime in which this is called.
     pub fn new(images: Vec<Arc<dyn Image>>, options: ViewOptions) -> Self {
-        Self { images, shared: Arc::new(Shared::new(options)), open: Mutex::default(), next_handle: AtomicU64::new(1) }
+        Self {
+            images: images.into(),
+            shared: Arc::new(Shared::new(options)),
+            open: Arc::default(),
+            next_handle: Arc::new(AtomicU64::new(1)),
+        }
+    }
+
+    pub(super) fn longest_read(&self) -> u32 {
+        self.images.iter().map(|image| image.longest_read()).max().unwrap_or(LARGEST_REQUEST)
+    }
+
+    pub(super) fn deadline(&self) -> Duration {
+        self.shared.options.deadline
+    }
+
+    /// The connections of each image, for [`ImageView::read_image`].
+    pub(super) fn take_lanes(&self) -> Vec<Lanes> {
+        self.images.iter().map(|image| Lanes::new(image.take_lanes())).collect()
+    }
+
+    /// Reads `size` bytes at `offset` of the file `node`, opened as `handle`, and answers; now or later.
+    pub(super) fn read_image(&self, node: u64, handle: u64, offset: u64, size: u32, reply: Reply, lanes: &mut [Lanes]) {
+        let ino = INodeNo(node);
+        let Some(image) = self.image(ino) else { return reply.error(Errno::EISDIR) };
+        let len = image.size().saturating_sub(offset).min(size.into()) as usize;
+        if len == 0 {
+            return reply.data(&[]);
+        }
+        let ahead = if handle == NOT_AHEAD { None } else { self.open_files().get(&handle).cloned() };
+        let (turn, found) = match ahead.map(|ahead| ahead.look(image, &self.shared.runtime, offset, len)) {
+            Some((turn, found)) => (Some(turn), found),
+            None => (None, Found::No),
+        };
+        let begun = Instant::now();
+        let answer = ReadAnswer { shared: self.shared.clone(), image: image.clone(), offset, len, reply, begun, turn };
+        match found {
+            Found::Here(bytes) if image.has_still(offset, len) => return answer.data(&bytes),
+            Found::Coming(coming) => return answer.when_come(coming),
+            Found::Here(_) | Found::No => {}
+        }
+        let lanes = lanes.get_mut((node - FIRST) as usize).filter(|_| image.is_one_read(offset, len));
+        let left = match lanes {
+            Some(lanes) => lanes.ask(answer).err(),
+            None => Some(answer),
+        };
+        if let Some(answer) = left {
+            answer.by_task();
+        }
     }
 
     fn image(&self, ino: INodeNo) -> Option<&Arc<dyn Image>> {
@@ -188,11 +246,14 @@ impl ImageView {
 
 /// Inode of the first image; 1 is the directory.
 const FIRST: u64 = 2;
+/// Handle of every file that the kernel reads ahead of.
+const NOT_AHEAD: u64 = 0;
+
+// Reads and writes do not come here, but to `reads`.
 
 impl Filesystem for ImageView {
     fn init(&mut self, _: &Request, kernel: &mut KernelConfig) -> io::Result<()> {
-        let longest = self.images.iter().map(|image| image.longest_read()).max();
-        configure(kernel, longest.unwrap_or(LARGEST_REQUEST));
+        configure(kernel, self.longest_read());
         Ok(())
     }
 
@@ -220,7 +281,7 @@ impl Filesystem for ImageView {
             return reply.error(Errno::EROFS);
         }
         let (handle, flags) = match image.caching() {
-            Caching::Cached => (0, FopenFlags::FOPEN_KEEP_CACHE),
+            Caching::Cached => (NOT_AHEAD, FopenFlags::FOPEN_KEEP_CACHE),
             Caching::Direct => {
                 let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
                 self.open_files().insert(handle, Arc::default());
@@ -229,40 +290,6 @@ impl Filesystem for ImageView {
         };
         // Closing a file, which every exec of a program that has it open does, must not wait for us.
         reply.opened(FileHandle(handle), flags | FopenFlags::FOPEN_NOFLUSH);
-    }
-
-    fn read(
-        &self,
-        _: &Request,
-        ino: INodeNo,
-        handle: FileHandle,
-        offset: u64,
-        size: u32,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        reply: ReplyData,
-    ) {
-        let Some(image) = self.image(ino) else { return reply.error(Errno::EISDIR) };
-        let len = image.size().saturating_sub(offset).min(size.into());
-        if len == 0 {
-            return reply.data(&[]);
-        }
-        let ahead = self.open_files().get(&handle.0).cloned();
-        let (turn, found) = match ahead.map(|ahead| ahead.look(image, &self.shared.runtime, offset, len as usize)) {
-            Some((turn, found)) => (Some(turn), found),
-            None => (None, Found::No),
-        };
-        let (shared, image, len) = (self.shared.clone(), image.clone(), len as usize);
-        let answer = ReadAnswer { shared, image: image.clone(), offset, len, reply, turn };
-        match found {
-            Found::Here(bytes) if image.has_still(offset, len) => answer.data(&bytes),
-            Found::Coming(coming) => answer.when_come(coming),
-            Found::Here(_) | Found::No => {
-                if let Some(answer) = image.start_read(offset, len, answer) {
-                    answer.by_task();
-                }
-            }
-        }
     }
 
     fn release(
@@ -297,9 +324,9 @@ impl Filesystem for ImageView {
         if len == 0 {
             return reply.ok();
         }
-        let (shared, image) = (self.shared.clone(), image.clone());
+        let (shared, image, begun) = (self.shared.clone(), image.clone(), Instant::now());
         self.shared.runtime.spawn(async move {
-            match shared.in_time(image.punch(offset, len)).await {
+            match shared.in_time(begun, image.punch(offset, len)).await {
                 Ok(()) => reply.ok(),
                 Err(error) => {
                     shared.complain(&*image, Doing::Discarding(offset, len), &error);
@@ -369,21 +396,6 @@ impl Filesystem for ImageView {
         _: Option<SystemTime>,
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
-    ) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn write(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        _: u64,
-        _: &[u8],
-        _: WriteFlags,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        reply: ReplyWrite,
     ) {
         reply.error(Errno::EROFS);
     }

@@ -1,6 +1,7 @@
 //! Files for programs that know no NBD and no archives: a FUSE server in this process.
 //!
-//! `session` mounts and, on every way out, unmounts; the views are [`fuser::Filesystem`]s that it serves. What is read through
+//! `session` mounts and, on every way out, unmounts; the views are [`fuser::Filesystem`]s that it serves, except that `reads`
+//! answers what is read of an image. What is read through
 //! a file ends up here as a request that must be answered: with data, or after a deadline with `EIO`, because nothing can
 //! interrupt a reader that waits for us.
 //!
@@ -10,10 +11,12 @@ mod ahead;
 mod answer;
 pub mod archive;
 mod buffers;
+mod device;
 pub mod export;
 pub mod image;
 pub mod mounts;
 mod ranges;
+mod reads;
 pub mod segments;
 pub mod served;
 pub mod session;

@@ -1,14 +1,24 @@
 //! One mount: it begins with a check of the place and ends on every way out.
 
-use super::mounts::{self, Busy, MountPoint};
-use fuser::{
-    BackgroundSession, Config, FileAttr, FileType, Filesystem, INodeNo, InitFlags, KernelConfig, MountOption, Session,
-    SessionACL,
+use super::{
+    device::{Device, greeting},
+    export::LONGEST_READ,
+    image::ImageView,
+    mounts::{self, Busy, MountPoint},
+    reads::Reads,
 };
-use nix::unistd::{geteuid, getgid, getuid};
+use fuser::{
+    BackgroundSession, Config, FileAttr, FileType, Filesystem, INodeNo, InitFlags, KernelConfig, MountOption, Request,
+    Session, SessionACL,
+};
+use nix::{
+    sys::socket::{AddressFamily, SockFlag, SockType, socketpair},
+    unistd::{self, geteuid, getgid, getuid},
+};
 use std::{
     fs, io,
-    mem::ManuallyDrop,
+    mem::{self, ManuallyDrop},
+    os::fd::AsFd,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant, SystemTime},
@@ -109,9 +119,9 @@ pub struct MountOptions {
 }
 
 impl MountOptions {
-    /// What suits an export whose pages the kernel may keep: eight requests at a time. More is no faster, and each KiB is one of memory.
+    /// What suits an export whose pages the kernel may keep: five requests at a time. More is no faster, and each KiB is one of memory.
     pub fn of_export() -> Self {
-        Self { read_ahead_kib: Some(512), read_only: false }
+        Self { read_ahead_kib: Some((5 * LONGEST_READ) >> 10), read_only: false }
     }
 }
 
@@ -168,39 +178,44 @@ impl Mount {
     /// # Errors
     /// Every error leaves nothing mounted.
     pub fn start(dir: &Path, filesystem: impl Filesystem, options: MountOptions) -> Result<Self, FuseError> {
-        let path = Self::check(dir)?;
-        // Read-write for the kernel, since otherwise no hole could be punched; the views refuse to write.
-        let mut config = Config::default();
-        config.mount_options = vec![
-            MountOption::FSName(mounts::SOURCE.into()),
-            MountOption::NoDev,
-            MountOption::NoSuid,
-            MountOption::NoExec,
-            MountOption::NoAtime,
-            MountOption::DefaultPermissions,
-        ];
-        if options.read_only {
-            config.mount_options.push(MountOption::RO);
-        }
-        config.acl = SessionACL::Owner;
+        let mut config = config(options);
         if thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 2) {
             config.n_threads = Some(2);
             config.clone_fd = true;
         }
-        let session = Session::new(filesystem, &path, &config).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound if !geteuid().is_root() => FuseError::NoHelper,
-            _ => FuseError::Mount { path: path.clone(), source },
-        })?;
-        // Until here errors unmount.
-        let Some(point) = mounts::at(&path)?.filter(MountPoint::is_ours) else {
-            return Err(FuseError::NotMounted(path));
-        };
-        let session = session.spawn().map_err(|source| FuseError::Mount { path, source })?;
-        let session = ManuallyDrop::new(session);
+        let (session, point) = mounted(dir, filesystem, &config)?;
+        let session = session.spawn().map_err(|source| FuseError::Mount { path: point.path.clone(), source })?;
+        Ok(Self::new(point, session, options))
+    }
+
+    /// As [`Mount::start`], for images, whose reads one thread takes and answers without fuser.
+    ///
+    /// # Errors
+    /// Every error leaves nothing mounted.
+    pub fn start_images(dir: &Path, view: ImageView, options: MountOptions) -> Result<Self, FuseError> {
+        let config = config(options);
+        let (kernel, point) = mounted(dir, Mounting { longest_read: view.longest_read() }, &config)?;
+        let failed = |source| FuseError::Mount { path: point.path.clone(), source };
+        let device = kernel.as_fd().try_clone_to_owned().and_then(Device::new).map_err(failed)?;
+        let kind = (AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
+        let (ours, fusers) = socketpair(kind.0, kind.1, kind.2, kind.3).map_err(|error| failed(error.into()))?;
+        // To fuser the socket is the kernel. What it answers to the greeting is of no interest.
+        unistd::write(&ours, &greeting()).map_err(|error| failed(error.into()))?;
+        let session = Session::from_fd(view.clone(), fusers, config.acl, config).map_err(failed)?;
+        unistd::read(&ours, &mut [0; 4096]).map_err(|error| failed(error.into()))?;
+        let session = session.spawn().map_err(failed)?;
+        let (reads, connection) = (Reads::new(device, ours, view), point.minor);
+        thread::Builder::new().name("fuse-reads".into()).spawn(move || reads.run(connection)).map_err(failed)?;
+        // For the same reason as `Mount::session`.
+        mem::forget(kernel);
+        Ok(Self::new(point, session, options))
+    }
+
+    fn new(point: MountPoint, session: BackgroundSession, options: MountOptions) -> Self {
         if let Some(kib) = options.read_ahead_kib {
             let _ = fs::write(format!("/sys/class/bdi/0:{}/read_ahead_kb", point.minor), kib.to_string());
         }
-        Ok(Self { point, session })
+        Self { point, session: ManuallyDrop::new(session) }
     }
 
     /// Where it is mounted, without links.
@@ -264,6 +279,49 @@ impl Mount {
     }
 }
 
+fn config(options: MountOptions) -> Config {
+    // Read-write for the kernel, since otherwise no hole could be punched; the views refuse to write.
+    let mut config = Config::default();
+    config.mount_options = vec![
+        MountOption::FSName(mounts::SOURCE.into()),
+        MountOption::NoDev,
+        MountOption::NoSuid,
+        MountOption::NoExec,
+        MountOption::NoAtime,
+        MountOption::DefaultPermissions,
+    ];
+    if options.read_only {
+        config.mount_options.push(MountOption::RO);
+    }
+    config.acl = SessionACL::Owner;
+    config
+}
+
+/// Mounts. Dropping the session unmounts.
+fn mounted<F: Filesystem>(dir: &Path, filesystem: F, config: &Config) -> Result<(Session<F>, MountPoint), FuseError> {
+    let path = Mount::check(dir)?;
+    let session = Session::new(filesystem, &path, config).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound if !geteuid().is_root() => FuseError::NoHelper,
+        _ => FuseError::Mount { path: path.clone(), source },
+    })?;
+    match mounts::at(&path)?.filter(MountPoint::is_ours) {
+        Some(point) => Ok((session, point)),
+        None => Err(FuseError::NotMounted(path)),
+    }
+}
+
+/// What the kernel agrees on everything with before [`Reads`] takes over. It is never asked anything else.
+struct Mounting {
+    longest_read: u32,
+}
+
+impl Filesystem for Mounting {
+    fn init(&mut self, _: &Request, kernel: &mut KernelConfig) -> io::Result<()> {
+        configure(kernel, self.longest_read);
+        Ok(())
+    }
+}
+
 impl Drop for Mount {
     fn drop(&mut self) {
         if let Err(error) = self.end() {
@@ -316,7 +374,7 @@ pub fn file_attributes(ino: INodeNo, size: u64, time: SystemTime) -> FileAttr {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fuser::{Errno, FileHandle, Generation, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, Request};
+    use fuser::{Errno, FileHandle, Generation, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEntry};
     use std::{ffi::OsStr, fs::File, io::Read, sync::mpsc};
 
     const SIZE: u64 = 4096;

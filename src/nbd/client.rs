@@ -1,7 +1,7 @@
 //! One connection, as its users see it.
 
 use super::{
-    connection::{Answer, Connection, Pending, Work},
+    connection::{Connection, Pending, Work},
     coverage::Coverage,
     error::NbdError,
     handshake::{ExportInfo, negotiate},
@@ -49,10 +49,17 @@ impl ConnectOptions {
     pub const LONGEST_READ: u32 = 1 << 20;
 }
 
-/// Who gets the outcome of [`Client::start_read`].
-pub trait ReadDone: Send + 'static {
-    /// Called once, by the task that receives the connection's replies or by the one that ends it; must not block.
-    fn read_done(self, outcome: Result<BytesMut, NbdError>);
+/// Connects, and has what follows done on the stream, within the deadline.
+pub(super) async fn dial<T>(
+    options: &ConnectOptions,
+    start: impl AsyncFnOnce(UnixStream) -> Result<T, NbdError>,
+) -> Result<T, NbdError> {
+    let connect = async {
+        let stream = UnixStream::connect(&options.socket).await;
+        start(stream.map_err(|error| NbdError::io("connect to", error))?).await
+    };
+    let timed_out = |_| Err(NbdError::TimedOut { doing: "the handshake".into(), after: options.deadline });
+    timeout(options.deadline, connect).await.unwrap_or_else(timed_out)
 }
 
 /// Ends the connection when the last clone of its [`Client`] is gone.
@@ -86,13 +93,7 @@ impl Client {
     /// without structured replies), [`NbdError::OptionRefused`], [`NbdError::ShuttingDown`], [`NbdError::Protocol`],
     /// [`NbdError::Closed`], [`NbdError::TimedOut`].
     pub async fn connect(options: &ConnectOptions) -> Result<Self, NbdError> {
-        let connect = async {
-            let stream = UnixStream::connect(&options.socket).await;
-            let stream = stream.map_err(|error| NbdError::io("connect to", error))?;
-            Self::start(stream, options).await
-        };
-        let timed_out = |_| Err(NbdError::TimedOut { doing: "the handshake".into(), after: options.deadline });
-        timeout(options.deadline, connect).await.unwrap_or_else(timed_out)
+        dial(options, async |stream| Self::start(stream, options).await).await
     }
 
     /// Negotiates on a stream that is connected already.
@@ -191,44 +192,6 @@ impl Client {
     /// The longest read that is sent as one request, bytes.
     pub fn longest_read(&self) -> u32 {
         self.info().max_block.min(self.longest_read)
-    }
-
-    /// Requests that are under way, [`super::MAX_IN_FLIGHT`] at most, and that many when the connection takes no more.
-    pub fn in_flight(&self) -> usize {
-        self.connection().in_flight()
-    }
-
-    /// Limit for every request, from the moment it is sent.
-    pub fn deadline(&self) -> Duration {
-        self.connection().deadline()
-    }
-
-    /// Like [`Self::read`], for callers that wait for nothing, also outside of the runtime: `done` gets the outcome.
-    ///
-    /// # Errors
-    /// Both arguments come back when the read cannot be sent at once: it has no bytes or more than [`Self::longest_read`], it
-    /// is out of bounds, too much is in flight, or the connection has ended. [`Self::read`] waits, or says why.
-    pub fn start_read<D: ReadDone>(&self, offset: u64, buffer: BytesMut, done: D) -> Result<(), (BytesMut, D)> {
-        let asked = match self.asked(Command::Read, offset, buffer.len() as u64) {
-            Ok(asked) if (1..=u64::from(self.longest_read())).contains(&asked.len) => asked,
-            _ => return Err((buffer, done)),
-        };
-        let Some(permit) = self.connection().permit() else { return Err((buffer, done)) };
-        let covered = Coverage::new(buffer.len());
-        let call = move |result| {
-            done.read_done(match result {
-                Ok(Work::Read { buffer, .. }) => Ok(buffer),
-                Ok(Work::Status { .. } | Work::Trim) => Err(NbdError::Closed { cause: None }),
-                Err(error) => Err(error),
-            });
-        };
-        self.connection().begin(
-            asked,
-            Work::Read { buffer, covered, data: false },
-            Answer::Call(Box::new(call)),
-            permit,
-        );
-        Ok(())
     }
 
     async fn submit_read(&self, offset: u64, buffer: BytesMut) -> Result<Pending, NbdError> {

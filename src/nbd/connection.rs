@@ -65,31 +65,13 @@ impl Work {
 /// Where the result of a request arrives.
 pub(super) type Pending = oneshot::Receiver<Result<Work, NbdError>>;
 
-/// Where the result of a request goes.
-pub(super) enum Answer {
-    /// To a task that waits for it, or did.
-    Waiting(oneshot::Sender<Result<Work, NbdError>>),
-    /// To a function, which must not block and is called with no lock held.
-    Call(Box<dyn FnOnce(Result<Work, NbdError>) + Send>),
-}
-
-impl Answer {
-    fn give(self, result: Result<Work, NbdError>) {
-        match self {
-            // A caller that is gone needs no answer.
-            Self::Waiting(sender) => drop(sender.send(result)),
-            Self::Call(call) => call(result),
-        }
-    }
-}
-
 struct InFlight {
     asked: Asked,
     /// Absent while the receiver works on it.
     work: Option<Work>,
     failure: Option<(u32, String)>,
     sent: Instant,
-    answer: Answer,
+    answer: oneshot::Sender<Result<Work, NbdError>>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -151,29 +133,18 @@ impl Connection {
     /// Sends a request. The receiver of the result may be dropped at any time.
     pub(super) async fn submit(&self, asked: Asked, work: Work) -> Result<Pending, NbdError> {
         let permit = Arc::clone(&self.permits).acquire_owned().await.map_err(|_| self.closed())?;
-        let (answer, result) = oneshot::channel();
-        self.begin(asked, work, Answer::Waiting(answer), permit);
-        Ok(result)
-    }
-
-    /// The right to have one more request under way, for [`Self::begin`], if that is possible now.
-    pub(super) fn permit(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.permits).try_acquire_owned().ok()
-    }
-
-    /// Sends a request. `answer` gets the result, also when it is that the connection has ended.
-    pub(super) fn begin(&self, asked: Asked, work: Work, answer: Answer, permit: OwnedSemaphorePermit) {
         let only_context = match work {
             Work::Status { context, .. } if self.info.contexts.len() > 1 && self.info.can_select_context() => {
                 Some(context)
             }
             _ => None,
         };
+        let (answer, result) = oneshot::channel();
         let cookie = {
             let mut state = lock(&self.state);
             if state.end.is_some() || state.leaving {
                 drop(state);
-                return answer.give(Err(self.closed()));
+                return Err(self.closed());
             }
             let cookie = state.next_cookie;
             state.next_cookie += 1;
@@ -183,11 +154,7 @@ impl Connection {
             cookie
         };
         self.send(encode_request(self.info.framing, cookie, &asked, only_context).as_slice());
-    }
-
-    pub(super) fn in_flight(&self) -> usize {
-        let free = if self.permits.is_closed() { 0 } else { self.permits.available_permits() };
-        MAX_IN_FLIGHT.saturating_sub(free)
+        Ok(result)
     }
 
     pub(super) fn deadline(&self) -> Duration {
@@ -315,7 +282,8 @@ impl Connection {
                 NbdError::TimedOut { .. } => NbdError::Closed { cause: Some(Arc::new(end.clone())) },
                 end => end.clone(),
             };
-            entry.answer.give(Err(told));
+            // A caller that is gone needs no answer.
+            let _ = entry.answer.send(Err(told));
         }
         self.ended.cancel();
         self.settled.notify_waiters();
@@ -438,7 +406,7 @@ impl Connection {
                 Err(violation) => (Err(violation.clone().into()), Err(violation)),
             },
         };
-        entry.answer.give(result);
+        let _ = entry.answer.send(result);
         verdict
     }
 }

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use tokio::net::UnixStream;
 
 /// Chunks for the first requests that are nearly right.
-fn chunks(framing: Framing) -> impl Strategy<Value = Vec<u8>> {
+pub(super) fn chunks(framing: Framing) -> impl Strategy<Value = Vec<u8>> {
     let near = || prop_oneof![8 => 0u64..6000, 1 => any::<u64>()];
     let kind = prop_oneof![Just(0u16), Just(1), Just(2), Just(5), Just(6), Just(0x8001), Just(0x8002), any::<u16>()];
     let payload = (near(), near(), prop::collection::vec(any::<u8>(), 0..40));

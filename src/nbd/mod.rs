@@ -5,7 +5,8 @@
 //! bytes the server vouched for, completely, or an error.
 //!
 //! One connection is two tasks: the *receiver* reads the socket and nothing else, straight into the callers' buffers; the
-//! *keeper* watches the deadlines and sends what the socket did not take at once. Callers write their own requests.
+//! *keeper* watches the deadlines and sends what the socket did not take at once. Callers write their own requests. A [`Lane`] is a
+//! connection without tasks, for a thread that has nothing else to do.
 //!
 //! Protocol facts are those of the NBD project's `proto.md`; QEMU's behaviour was observed on 10.0.2.
 
@@ -17,6 +18,7 @@ mod error;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod handshake;
+mod lane;
 mod option;
 mod receive;
 mod wire;
@@ -24,17 +26,18 @@ mod wire;
 #[cfg(test)]
 mod hostile_tests;
 #[cfg(test)]
+mod lane_tests;
+#[cfg(test)]
 mod qemu_tests;
 #[cfg(test)]
 mod scripted_server;
 #[cfg(test)]
 mod scripted_tests;
-#[cfg(test)]
-mod started_tests;
 
-pub use client::{Client, ConnectOptions, MAX_EXTENTS, ReadDone};
+pub use client::{Client, ConnectOptions, MAX_EXTENTS};
 pub use connection::MAX_IN_FLIGHT;
 pub use connections::Connections;
 pub use error::NbdError;
 pub use handshake::ExportInfo;
+pub use lane::Lane;
 pub use wire::{Command, Framing, StatusExtent};

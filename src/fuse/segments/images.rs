@@ -12,7 +12,7 @@ use super::{Node, SHARD_BITS, segment_name, shard_name};
 use crate::{
     extent::{Extent, Extents, ExtentsError},
     fuse::{
-        answer::{ReadAnswer, Shared},
+        answer::{ReadAnswer, Reply, Shared},
         image::{Caching, Image, ViewOptions},
         session::{LARGEST_REQUEST, configure, directory_attributes, file_attributes},
     },
@@ -26,7 +26,7 @@ use std::{
     ffi::OsStr,
     io,
     sync::Arc,
-    time::{Duration, UNIX_EPOCH},
+    time::{Duration, Instant, UNIX_EPOCH},
 };
 
 const TTL: Duration = Duration::from_hours(1);
@@ -233,11 +233,8 @@ impl Filesystem for CutView {
         }
         let (offset, len) = (start + offset, wanted as usize);
         let (shared, image) = (self.shared.clone(), disk.image.clone());
-        if let Some(answer) =
-            disk.image.start_read(offset, len, ReadAnswer { shared, image, offset, len, reply, turn: None })
-        {
-            answer.by_task();
-        }
+        let (reply, begun) = (Reply::Fuser(reply), Instant::now());
+        ReadAnswer { shared, image, offset, len, reply, begun, turn: None }.by_task();
     }
 
     fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {

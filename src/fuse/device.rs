@@ -1,0 +1,160 @@
+//! The kernel's end of a mount, for what does not go through fuser. Layouts are those of `linux/fuse.h`, in the machine's byte order.
+
+use fuser::Errno;
+use nix::{
+    errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::uio::writev,
+    unistd,
+};
+use std::{
+    io::{self, IoSlice},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+/// `fuse_in_header`, bytes.
+pub(super) const HEADER: usize = 40;
+/// `fuse_read_in`, bytes.
+const READ: usize = 40;
+/// `fuse_out_header`, bytes.
+const ANSWER: usize = 16;
+/// What the kernel insists on beyond the largest write when it is read from.
+pub(super) const BESIDE_WRITE: usize = 8192;
+
+const FUSE_READ: u32 = 15;
+const FUSE_WRITE: u32 = 16;
+const FUSE_INIT: u32 = 26;
+
+/// What the kernel asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Request {
+    /// `FUSE_READ` of `size` bytes at `offset` of the file `node`, opened as `handle`.
+    Read { unique: u64, node: u64, handle: u64, offset: u64, size: u32 },
+    /// `FUSE_WRITE`.
+    Write { unique: u64 },
+    /// Anything else.
+    Other { unique: u64 },
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |field| u32::from_ne_bytes(*field))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |field| u64::from_ne_bytes(*field))
+}
+
+impl Request {
+    /// Takes apart what one read from the device brought.
+    pub fn of(message: &[u8]) -> Self {
+        let unique = u64_at(message, 8);
+        match u32_at(message, 4) {
+            FUSE_READ if message.len() >= HEADER + READ => Self::Read {
+                unique,
+                node: u64_at(message, 16),
+                handle: u64_at(message, HEADER),
+                offset: u64_at(message, HEADER + 8),
+                size: u32_at(message, HEADER + 16),
+            },
+            FUSE_WRITE => Self::Write { unique },
+            _ => Self::Other { unique },
+        }
+    }
+}
+
+/// A greeting as a kernel would send it that offers nothing: `FUSE_INIT`, version 7.31.
+pub(super) fn greeting() -> Vec<u8> {
+    let mut message = vec![0; HEADER + 64];
+    let len = message.len() as u32;
+    for (at, field) in [(0, len), (4, FUSE_INIT), (8, 1), (HEADER, 7), (HEADER + 4, 31)] {
+        message[at..at + 4].copy_from_slice(&field.to_ne_bytes());
+    }
+    message
+}
+
+/// An open `/dev/fuse`, mounted. Reading does not wait.
+#[derive(Debug)]
+pub(super) struct Device(OwnedFd);
+
+impl Device {
+    /// Takes over a descriptor of a mounted session; everybody who has the same one does not wait on it any more.
+    pub fn new(descriptor: OwnedFd) -> io::Result<Self> {
+        fcntl(&descriptor, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK))?;
+        Ok(Self(descriptor))
+    }
+
+    /// The next request, if there is one; its length. `ENODEV` when nothing is mounted any more.
+    pub fn next(&self, buffer: &mut [u8]) -> Result<Option<usize>, errno::Errno> {
+        loop {
+            match unistd::read(&self.0, buffer) {
+                Ok(len) => return Ok(Some(len)),
+                Err(errno::Errno::EAGAIN) => return Ok(None),
+                // Interrupted, we or the asker.
+                Err(errno::Errno::EINTR | errno::Errno::ENOENT) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Answers a request. Nobody is there to hear of an error: the asker was interrupted, or nothing is mounted any more.
+    pub fn answer(&self, unique: u64, answer: Result<&[u8], Errno>) {
+        let (error, bytes) = match answer {
+            Ok(bytes) => (0, bytes),
+            Err(error) => (-i32::from(error), &[][..]),
+        };
+        let mut header = [0; ANSWER];
+        header[..4].copy_from_slice(&((ANSWER + bytes.len()) as u32).to_ne_bytes());
+        header[4..8].copy_from_slice(&error.to_ne_bytes());
+        header[8..].copy_from_slice(&unique.to_ne_bytes());
+        let _ = writev(&self.0, &[IoSlice::new(&header), IoSlice::new(bytes)]);
+    }
+
+    /// Hands on an answer as somebody else made it.
+    pub fn pass_on(&self, answer: &[u8]) {
+        let _ = unistd::write(&self.0, answer);
+    }
+}
+
+impl AsFd for Device {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A `FUSE_READ` as a kernel of version 7.45 sent it, of 4096 bytes at 64 KiB.
+    fn read() -> Vec<u8> {
+        let mut message = vec![0; HEADER + READ];
+        let long =
+            |message: &mut [u8], at: usize, value: u64| message[at..at + 8].copy_from_slice(&value.to_ne_bytes());
+        message[..4].copy_from_slice(&80u32.to_ne_bytes());
+        message[4..8].copy_from_slice(&15u32.to_ne_bytes());
+        for (at, value) in [(8, 0x1234), (16, 2), (40, 7), (48, 64 << 10), (56, 4096)] {
+            long(&mut message, at, value);
+        }
+        message
+    }
+
+    #[test]
+    fn a_read_is_taken_apart_and_everything_else_keeps_its_number() {
+        let request = Request::Read { unique: 0x1234, node: 2, handle: 7, offset: 64 << 10, size: 4096 };
+        assert_eq!(Request::of(&read()), request);
+        for (opcode, expected) in [(1, Request::Other { unique: 0x1234 }), (16, Request::Write { unique: 0x1234 })] {
+            let mut message = read();
+            message[4] = opcode;
+            assert_eq!(Request::of(&message), expected);
+        }
+        assert_eq!(Request::of(&read()[..HEADER + 8]), Request::Other { unique: 0x1234 }, "cut off");
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_that_comes_does_harm(message in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Request::of(&message);
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! Reads of images, taken from the kernel and answered by one thread: everything else it hands to fuser, over a socket.
+//!
+//! A read of a few KiB costs less than waking up a thread for it. So one thread does it all, in turns: it takes the reads that
+//! are there, has their requests sent together, and gives the kernel the bytes as they lie in the buffer of the NBD connection.
+//! Reads that are not that simple are answered by tasks.
+
+use super::{
+    answer::{ReadAnswer, Reply},
+    device::{BESIDE_WRITE, Device, Request},
+    image::{ImageError, ImageView},
+    mounts,
+    session::LARGEST_REQUEST,
+};
+use crate::nbd::Lane;
+use fuser::Errno;
+use nix::{
+    errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{MsgFlags, recv, send},
+};
+use std::{
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// Reads that are taken in one turn.
+const AT_ONCE: usize = 16;
+
+/// QEMU works on so many requests of one connection at a time. A connection that has less to do gets the next one: the more requests
+/// meet in one, the fewer times both sides wake up.
+const SERVED_AT_ONCE: usize = 16;
+
+/// How often a thread that never waits looks for reads that have waited too long.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// The largest answer of fuser: a page of a directory.
+const LARGEST_OTHER: usize = 128 << 10;
+
+/// The connections of one image.
+#[derive(Default)]
+pub(super) struct Lanes(Vec<Lane<ReadAnswer>>);
+
+impl Lanes {
+    pub fn new(lanes: Vec<Lane<ReadAnswer>>) -> Self {
+        Self(lanes)
+    }
+
+    /// Asks for what `answer` waits for; it comes back when that is not possible here.
+    pub fn ask(&mut self, answer: ReadAnswer) -> Result<(), ReadAnswer> {
+        let busy = |lane: &&mut Lane<_>| (lane.has_ended(), lane.in_flight());
+        let idle = self.0.iter().position(|lane| !lane.has_ended() && lane.in_flight() < SERVED_AT_ONCE);
+        let lane = match idle {
+            Some(at) => self.0.get_mut(at),
+            None => self.0.iter_mut().min_by_key(busy),
+        };
+        match lane {
+            Some(lane) => lane.ask(answer.offset, answer.len, answer.begun, answer),
+            None => Err(answer),
+        }
+    }
+}
+
+/// Gives a read its bytes, or to those who know what to make of failures.
+fn finish(answer: ReadAnswer, bytes: Option<&[u8]>) {
+    match bytes {
+        Some(bytes) => answer.data(bytes),
+        None => answer.by_task(),
+    }
+}
+
+/// What serves one mount.
+pub(super) struct Reads {
+    device: Arc<Device>,
+    /// Where fuser reads requests and writes answers, one to a packet.
+    fuser: OwnedFd,
+    view: ImageView,
+    lanes: Vec<Lanes>,
+    patience: Duration,
+    looked: Instant,
+}
+
+/// How the thread goes on.
+enum Turn {
+    Busy,
+    Idle,
+}
+
+/// Nothing is mounted any more, or cannot be served.
+enum End {
+    Unmounted,
+    Failed,
+}
+
+impl Reads {
+    /// Serves `view`, mounted as `device`, together with the session of fuser at the other end of `fuser`.
+    pub fn new(device: Device, fuser: OwnedFd, view: ImageView) -> Self {
+        let (lanes, patience) = (view.take_lanes(), view.deadline());
+        Self { device: Arc::new(device), fuser, view, lanes, patience, looked: Instant::now() }
+    }
+
+    /// Serves until nothing is mounted any more. When it cannot be served it is ended: `connection` is its number.
+    pub fn run(mut self, connection: u64) {
+        let mut buffer = vec![0; LARGEST_REQUEST as usize + BESIDE_WRITE];
+        let end = loop {
+            match self.turn(&mut buffer) {
+                Ok(Turn::Busy) => {}
+                Ok(Turn::Idle) => {
+                    if let Err(end) = self.wait() {
+                        break end;
+                    }
+                }
+                Err(end) => break end,
+            }
+        };
+        // Before fuser ends, which says that all is over.
+        self.lanes.clear();
+        if matches!(end, End::Failed) {
+            mounts::abort(connection);
+        }
+    }
+
+    fn turn(&mut self, buffer: &mut [u8]) -> Result<Turn, End> {
+        let mut turn = Turn::Idle;
+        for _ in 0..AT_ONCE {
+            match self.device.next(buffer) {
+                Ok(Some(len)) => self.request(&buffer[..len])?,
+                Ok(None) => break,
+                Err(errno::Errno::ENODEV) => return Err(End::Unmounted),
+                Err(_) => return Err(End::Failed),
+            }
+            turn = Turn::Busy;
+        }
+        for lane in self.lanes.iter_mut().flat_map(|lanes| &mut lanes.0) {
+            lane.send();
+            if lane.in_flight() > 0 && lane.receive(finish) {
+                turn = Turn::Busy;
+            }
+        }
+        if self.pass_answers(buffer)? {
+            turn = Turn::Busy;
+        }
+        let now = Instant::now();
+        if now.duration_since(self.looked) >= LOOK {
+            self.expire(now);
+        }
+        Ok(turn)
+    }
+
+    fn request(&mut self, message: &[u8]) -> Result<(), End> {
+        match Request::of(message) {
+            Request::Read { unique, node, handle, offset, size } => {
+                let reply = Reply::device(self.device.clone(), unique);
+                self.view.read_image(node, handle, offset, size, reply, &mut self.lanes);
+            }
+            // Images only have holes punched, and what would be written may be too long for the way to fuser.
+            Request::Write { unique } => self.device.answer(unique, Err(Errno::EROFS)),
+            Request::Other { unique } => self.pass_request(unique, message)?,
+        }
+        Ok(())
+    }
+
+    fn pass_request(&self, unique: u64, message: &[u8]) -> Result<(), End> {
+        loop {
+            match send(self.fuser.as_raw_fd(), message, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+                Ok(_) => return Ok(()),
+                Err(errno::Errno::EINTR) => {}
+                Err(errno::Errno::EAGAIN) => {
+                    // It may wait for us just as well.
+                    self.pass_answers(&mut vec![0; LARGEST_OTHER])?;
+                    let mut fuser = [PollFd::new(self.fuser.as_fd(), PollFlags::POLLIN | PollFlags::POLLOUT)];
+                    let _ = poll(&mut fuser, PollTimeout::NONE);
+                }
+                Err(errno::Errno::EMSGSIZE) => {
+                    self.device.answer(unique, Err(Errno::EIO));
+                    return Ok(());
+                }
+                Err(_) => return Err(End::Failed),
+            }
+        }
+    }
+
+    /// Hands fuser's answers on; tells whether there were some.
+    fn pass_answers(&self, buffer: &mut [u8]) -> Result<bool, End> {
+        let mut some = false;
+        loop {
+            match recv(self.fuser.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
+                // It has ended.
+                Ok(0) => return Err(End::Failed),
+                Ok(len) => self.device.pass_on(&buffer[..len]),
+                Err(errno::Errno::EAGAIN) => return Ok(some),
+                Err(errno::Errno::EINTR) => {}
+                Err(_) => return Err(End::Failed),
+            }
+            some = true;
+        }
+    }
+
+    /// Waits until there is something to do.
+    fn wait(&mut self) -> Result<(), End> {
+        let now = Instant::now();
+        let lanes = || self.lanes.iter().flat_map(|lanes| &lanes.0).filter(|lane| lane.in_flight() > 0);
+        let timeout = match lanes().filter_map(Lane::oldest).min() {
+            Some(oldest) => {
+                let left = (oldest + self.patience).saturating_duration_since(now) + Duration::from_millis(1);
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            }
+            None => PollTimeout::NONE,
+        };
+        let mut wanted = vec![
+            PollFd::new(self.device.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.fuser.as_fd(), PollFlags::POLLIN),
+        ];
+        wanted.extend(lanes().map(|lane| {
+            let unsent = if lane.has_unsent() { PollFlags::POLLOUT } else { PollFlags::empty() };
+            PollFd::new(lane.as_fd(), PollFlags::POLLIN | unsent)
+        }));
+        match poll(&mut wanted, timeout) {
+            Ok(_) | Err(errno::Errno::EINTR) => Ok(()),
+            Err(_) => Err(End::Failed),
+        }
+    }
+
+    fn expire(&mut self, now: Instant) {
+        self.looked = now;
+        let late = ImageError::TimedOut(self.patience);
+        for lane in self.lanes.iter_mut().flat_map(|lanes| &mut lanes.0) {
+            lane.expire(now, self.patience, |answer| answer.fail(&late), finish);
+        }
+    }
+}

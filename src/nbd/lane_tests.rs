@@ -1,0 +1,261 @@
+//! Lanes, against scripted servers.
+
+use super::{
+    Framing, Lane,
+    hostile_tests::chunks,
+    scripted_server::{MIB, Offer, Server, options, pattern, with_both},
+};
+use crate::fuzzing::block_on;
+use proptest::prelude::*;
+use std::time::{Duration, Instant};
+use tokio::net::UnixStream;
+
+/// Offsets of reads with what came of them.
+type Done = Vec<(u64, Option<Vec<u8>>)>;
+
+async fn pair(offer: &Offer) -> (Lane<u64>, Server) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let options = options(&[]);
+    let (lane, server) = tokio::join!(Lane::start(ours, &options), Server::accept(theirs, offer));
+    (lane.unwrap(), server)
+}
+
+fn ask(lane: &mut Lane<u64>, offset: u64, len: usize) {
+    assert!(lane.ask(offset, len, Instant::now(), offset).is_ok());
+}
+
+/// Everything that has come.
+fn receive(lane: &mut Lane<u64>) -> Done {
+    let mut done = Done::new();
+    while lane.receive(|offset, bytes| done.push((offset, bytes.map(<[u8]>::to_vec)))) {}
+    done
+}
+
+fn read(offset: u64, len: u64) -> (u64, Option<Vec<u8>>) {
+    (offset, Some(pattern(offset, len)))
+}
+
+#[test]
+fn reads_are_answered_in_the_order_of_replies() {
+    with_both(async |offer| {
+        let (mut lane, mut server) = pair(&offer).await;
+        for offset in [0, 8192, 4096] {
+            ask(&mut lane, offset, 4096);
+        }
+        server.hears_nothing().await;
+        lane.send();
+        assert!(!lane.has_unsent() && lane.in_flight() == 3);
+        let (first, second, third) = (server.request().await, server.request().await, server.request().await);
+        assert_eq!((first.offset, second.offset, third.len), (0, 8192, 4096));
+        assert!(receive(&mut lane).is_empty());
+        server.data(&third, true, 4096, 4096).await;
+        server.data(&first, true, 0, 4096).await;
+        assert_eq!(receive(&mut lane), [read(4096, 4096), read(0, 4096)]);
+        server.data(&second, true, 8192, 4096).await;
+        assert_eq!(receive(&mut lane), [read(8192, 4096)]);
+        assert_eq!(lane.in_flight(), 0);
+        drop(lane);
+        assert_eq!(server.request().await.kind, 2, "it says goodbye");
+    });
+}
+
+#[test]
+fn an_answer_in_pieces_is_put_together() {
+    with_both(async |offer| {
+        let (mut lane, mut server) = pair(&offer).await;
+        ask(&mut lane, 4096, 8192);
+        lane.send();
+        let request = server.request().await;
+        server.data(&request, false, 8192, 2048).await;
+        server.hole(&request, false, 10240, 2048).await;
+        assert!(receive(&mut lane).is_empty());
+        server.data(&request, true, 4096, 4096).await;
+        let whole = [pattern(4096, 6144), vec![0; 2048]].concat();
+        assert_eq!(receive(&mut lane), [(4096, Some(whole))]);
+        // All of it, and its end for itself.
+        ask(&mut lane, 0, 512);
+        lane.send();
+        let request = server.request().await;
+        server.data(&request, false, 0, 512).await;
+        server.chunk(&request, true, 0, &[]).await;
+        assert_eq!(receive(&mut lane), [read(0, 512)]);
+    });
+}
+
+#[test]
+fn what_is_refused_comes_back_and_the_lane_goes_on() {
+    with_both(async |offer| {
+        let (mut lane, mut server) = pair(&offer).await;
+        for offset in [0, 4096, 8192] {
+            ask(&mut lane, offset, 4096);
+        }
+        lane.send();
+        let (first, second, third) = (server.request().await, server.request().await, server.request().await);
+        server.error(&first, true, 5, "bad luck").await;
+        server.data(&second, false, 4096, 4096).await;
+        server.error(&second, true, 5, &"x".repeat(60000)).await;
+        server.data(&third, true, 8192, 4096).await;
+        assert_eq!(receive(&mut lane), [(0, None), (4096, None), read(8192, 4096)]);
+        assert!(!lane.has_ended());
+    });
+}
+
+#[test]
+fn a_simple_reply_only_refuses() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        for (errno, ended) in [(5, false), (0, true)] {
+            let (mut lane, mut server) = pair(&Offer::of(Framing::Compact)).await;
+            ask(&mut lane, 0, 4096);
+            lane.send();
+            let request = server.request().await;
+            server.simple(&request, errno).await;
+            assert_eq!(receive(&mut lane), [(0, None)]);
+            assert_eq!(lane.has_ended(), ended);
+        }
+    });
+}
+
+#[test]
+fn every_read_comes_back_at_the_end_and_none_is_taken_any_more() {
+    with_both(async |offer| {
+        let (mut lane, mut server) = pair(&offer).await;
+        for offset in [0, 4096] {
+            ask(&mut lane, offset, 4096);
+        }
+        lane.send();
+        let first = server.request().await;
+        server.data(&first, true, 0, 4096).await;
+        drop(server);
+        let mut done = receive(&mut lane);
+        done.sort();
+        assert_eq!(done, [read(0, 4096), (4096, None)]);
+        assert_eq!(lane.ask(0, 4096, Instant::now(), 7), Err(7));
+        assert!(lane.has_ended() && receive(&mut lane).is_empty());
+    });
+}
+
+#[test]
+fn an_answer_that_breaks_the_rules_ends_the_lane() {
+    with_both(async |offer| {
+        for break_it in 0..4 {
+            let (mut lane, mut server) = pair(&offer).await;
+            ask(&mut lane, 4096, 4096);
+            lane.send();
+            let mut request = server.request().await;
+            match break_it {
+                0 => server.data(&request, true, 4096, 2048).await,
+                1 => server.data(&request, true, 8192, 4096).await,
+                2 => server.chunk(&request, true, 0, &[]).await,
+                _ => {
+                    request.cookie += 1;
+                    server.data(&request, true, 4096, 4096).await;
+                }
+            }
+            assert_eq!(receive(&mut lane), [(4096, None)], "{break_it}");
+            assert!(lane.has_ended());
+        }
+    });
+}
+
+#[test]
+fn what_cannot_be_asked_for_here_comes_back() {
+    with_both(async |offer| {
+        let offer = Offer { blocks: Some([512, 4096, 1 << 16]), ..offer };
+        let (mut lane, _server) = pair(&offer).await;
+        for (offset, len) in [(0, 0), (100, 512), (0, 100), (64 * MIB, 512), (u64::MAX - 511, 512), (0, 2 << 16)] {
+            assert_eq!(lane.ask(offset, len, Instant::now(), 9), Err(9), "{len} at {offset}");
+        }
+        assert_eq!(lane.in_flight(), 0);
+    });
+}
+
+#[test]
+fn a_socket_that_takes_no_more_gets_the_rest_later() {
+    with_both(async |offer| {
+        let (mut lane, mut server) = pair(&offer).await;
+        let many = 40_000;
+        for number in 0..many {
+            ask(&mut lane, number * 512, 512);
+        }
+        lane.send();
+        assert!(lane.has_unsent());
+        for number in 0..many {
+            if number % 1000 == 0 {
+                lane.send();
+            }
+            let request = server.request().await;
+            assert_eq!(request.offset, number * 512);
+            server.data(&request, true, request.offset, 512).await;
+            assert_eq!(receive(&mut lane), [read(number * 512, 512)]);
+        }
+    });
+}
+
+#[test]
+fn replies_may_be_cut_anywhere() {
+    with_both(async |offer| {
+        let (mut lane, mut server) = pair(&offer).await;
+        let (mut expected, mut answered, mut bytes) = (Done::new(), Done::new(), Vec::new());
+        for (number, len) in [1 << 20, 4096, 65536, 512, 1 << 20, 1, 70000].into_iter().enumerate() {
+            let offset = number as u64 * 2 * MIB;
+            ask(&mut lane, offset, len as usize);
+            lane.send();
+            let request = server.request().await;
+            bytes.extend(server.header(&request, true, 1, len + 8));
+            bytes.extend(offset.to_be_bytes());
+            bytes.extend(pattern(offset, len));
+            expected.push(read(offset, len));
+        }
+        let (mut rest, mut piece) = (&bytes[..], 1);
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(piece.min(rest.len()));
+            server.send(now).await;
+            answered.extend(receive(&mut lane));
+            (rest, piece) = (later, piece * 7 % 90_001);
+        }
+        assert!(answered == expected);
+    });
+}
+
+#[test]
+fn what_waits_too_long_is_told_from_what_only_lost_its_lane() {
+    with_both(async |offer| {
+        let (mut lane, _server) = pair(&offer).await;
+        let now = Instant::now();
+        let (early, patience) = (now.checked_sub(Duration::from_secs(40)).unwrap(), Duration::from_secs(30));
+        assert!(lane.ask(0, 512, early, 0).is_ok() && lane.ask(512, 512, now, 512).is_ok());
+        assert_eq!(lane.oldest(), Some(early));
+        let (mut late, mut done) = (Vec::new(), Vec::new());
+        lane.expire(early, patience, |owner| late.push(owner), |owner, _| done.push(owner));
+        assert!(late.is_empty() && done.is_empty());
+        lane.expire(now, patience, |owner| late.push(owner), |owner, _| done.push(owner));
+        assert_eq!((late, done), (vec![0], vec![512]));
+        assert!(lane.has_ended());
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn whatever_comes_each_read_is_done_once(
+        (framing, bytes) in prop_oneof![Just(Framing::Compact), Just(Framing::Extended)]
+            .prop_flat_map(|framing| (Just(framing), chunks(framing))),
+    ) {
+        let done = block_on(async {
+            let (mut lane, mut server) = pair(&Offer::of(framing)).await;
+            for offset in [0, 1000, 2000] {
+                ask(&mut lane, offset, 500);
+            }
+            lane.send();
+            server.send(&bytes).await;
+            drop(server);
+            receive(&mut lane)
+        });
+        let mut offsets: Vec<_> = done.iter().map(|(offset, _)| *offset).collect();
+        offsets.sort_unstable();
+        prop_assert_eq!(offsets, [0, 1000, 2000]);
+        prop_assert!(done.iter().flat_map(|(_, bytes)| bytes).all(|bytes| bytes.len() == 500));
+    }
+}
