@@ -24,8 +24,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Bytes of replies that are taken in one go, beyond one whole reply. More is no faster.
-const BEYOND: usize = 64 << 10;
+/// So many whole replies have room where they are received: one that has come in part seldom has to be moved for the rest of it.
+const STAGED: usize = 4;
 
 /// One read under way.
 struct Asking<T> {
@@ -48,6 +48,8 @@ pub struct Lane<T> {
     unsent: Vec<u8>,
     /// Received and not taken apart yet: `stage[start..end]`.
     stage: Box<[u8]>,
+    /// Bytes of the longest reply.
+    whole_reply: usize,
     start: usize,
     end: usize,
     ended: bool,
@@ -76,7 +78,8 @@ impl<T> Lane<T> {
             in_flight: HashMap::new(),
             next_cookie: 1,
             unsent: Vec::new(),
-            stage: vec![0; whole_reply + BEYOND].into(),
+            stage: vec![0; STAGED * whole_reply].into(),
+            whole_reply,
             start: 0,
             end: 0,
             ended: false,
@@ -142,7 +145,7 @@ impl<T> Lane<T> {
         }
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
-        } else if self.start > 0 && self.stage.len() - self.end < self.stage.len() / 2 {
+        } else if self.stage.len() - self.start < self.whole_reply {
             self.stage.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
