@@ -24,6 +24,10 @@ pub(super) const BESIDE_WRITE: usize = 8192;
 const FUSE_READ: u32 = 15;
 const FUSE_WRITE: u32 = 16;
 const FUSE_INIT: u32 = 26;
+const FUSE_DESTROY: u32 = 38;
+
+/// The number of our [`farewell`], which the kernel gives to no request.
+pub(super) const FAREWELL: u64 = u64::MAX;
 
 /// What the kernel asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,12 +68,30 @@ impl Request {
 
 /// A greeting as a kernel would send it that offers nothing: `FUSE_INIT`, version 7.31.
 pub(super) fn greeting() -> Vec<u8> {
-    let mut message = vec![0; HEADER + 64];
-    let len = message.len() as u32;
-    for (at, field) in [(0, len), (4, FUSE_INIT), (8, 1), (HEADER, 7), (HEADER + 4, 31)] {
+    let mut message = request(FUSE_INIT, 1, 64);
+    for (at, field) in [(HEADER, 7u32), (HEADER + 4, 31)] {
         message[at..at + 4].copy_from_slice(&field.to_ne_bytes());
     }
     message
+}
+
+/// A request to end.
+pub(super) fn farewell() -> Vec<u8> {
+    request(FUSE_DESTROY, FAREWELL, 0)
+}
+
+fn request(opcode: u32, unique: u64, payload: usize) -> Vec<u8> {
+    let mut message = vec![0; HEADER + payload];
+    let len = message.len() as u32;
+    message[..4].copy_from_slice(&len.to_ne_bytes());
+    message[4..8].copy_from_slice(&opcode.to_ne_bytes());
+    message[8..16].copy_from_slice(&unique.to_ne_bytes());
+    message
+}
+
+/// Which request an answer is to.
+pub(super) fn answered(answer: &[u8]) -> u64 {
+    u64_at(answer, 8)
 }
 
 /// An open `/dev/fuse`, mounted. Reading does not wait.

@@ -6,7 +6,7 @@
 
 use super::{
     answer::{ReadAnswer, Reply},
-    device::{BESIDE_WRITE, Device, Request},
+    device::{BESIDE_WRITE, Device, FAREWELL, Request, answered, farewell},
     image::{ImageError, ImageView},
     mounts,
     session::LARGEST_REQUEST,
@@ -33,6 +33,9 @@ const SERVED_AT_ONCE: usize = 16;
 
 /// How often a thread that never waits looks for reads that have waited too long.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// For fuser to say goodbye, milliseconds.
+const PATIENCE_AT_END: u16 = 1000;
 
 /// The largest answer of fuser: a page of a directory.
 const LARGEST_OTHER: usize = 128 << 10;
@@ -113,10 +116,24 @@ impl Reads {
                 Err(end) => break end,
             }
         };
-        // Before fuser ends, which says that all is over.
-        self.lanes.clear();
         if matches!(end, End::Failed) {
             mounts::abort(connection);
+        }
+        // Before fuser ends, which says that all is over.
+        self.lanes.clear();
+        self.end_fuser(&mut buffer);
+    }
+
+    /// Tells fuser that nothing is mounted any more. Without an answer to that it would only see a broken connection.
+    fn end_fuser(&self, buffer: &mut [u8]) {
+        let fuser = self.fuser.as_raw_fd();
+        let told = send(fuser, &farewell(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL).is_ok();
+        let mut answer = [PollFd::new(self.fuser.as_fd(), PollFlags::POLLIN)];
+        while told && poll(&mut answer, PATIENCE_AT_END).is_ok_and(|ready| ready > 0) {
+            match recv(fuser, buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(len) if len > 0 && answered(&buffer[..len]) != FAREWELL => {}
+                _ => return,
+            }
         }
     }
 
@@ -200,13 +217,10 @@ impl Reads {
     fn wait(&mut self) -> Result<(), End> {
         let now = Instant::now();
         let lanes = || self.lanes.iter().flat_map(|lanes| &lanes.0).filter(|lane| lane.in_flight() > 0);
-        let timeout = match lanes().filter_map(Lane::oldest).min() {
-            Some(oldest) => {
-                let left = (oldest + self.patience).saturating_duration_since(now) + Duration::from_millis(1);
-                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-            }
-            None => PollTimeout::NONE,
-        };
+        let timeout = lanes().filter_map(Lane::oldest).min().map_or(PollTimeout::NONE, |oldest| {
+            let left = self.patience.saturating_sub(now.duration_since(oldest));
+            PollTimeout::try_from(left.saturating_add(Duration::from_millis(1))).unwrap_or(PollTimeout::MAX)
+        });
         let mut wanted = vec![
             PollFd::new(self.device.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.fuser.as_fd(), PollFlags::POLLIN),
