@@ -195,7 +195,12 @@ impl Image for ExportImage {
 
     fn longest_read(&self) -> u32 {
         // Where the kernel reads ahead, each answer can be used while the next is under way.
-        if self.caching() == Caching::Cached { LONGEST_READ } else { session::LARGEST_REQUEST }
+        match self.options.largest_request.filter(|largest| *largest > 0) {
+            _ if self.caching() == Caching::Direct => session::LARGEST_REQUEST,
+            // The kernel aligns what it asks for to its length.
+            Some(largest) => LONGEST_READ.min(largest),
+            None => LONGEST_READ,
+        }
     }
 
     fn punching(&self) -> Punch {

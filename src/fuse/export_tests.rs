@@ -109,8 +109,17 @@ impl Access {
     }
 
     async fn image_with_lanes_of(&self, other: &Self, content: Extents<Content>) -> Vec<Arc<dyn Image>> {
+        self.image_of(other, content, None).await
+    }
+
+    async fn image_of(
+        &self,
+        other: &Self,
+        content: Extents<Content>,
+        largest_request: Option<u32>,
+    ) -> Vec<Arc<dyn Image>> {
         let clients = vec![self.connect().await, self.connect().await];
-        let options = ExportOptions { grain: CLUSTER, largest_request: None };
+        let options = ExportOptions { grain: CLUSTER, largest_request };
         let image = ExportImage::new("scsi0".into(), content, clients, options);
         let lanes = vec![other.lane().await, other.lane().await];
         vec![Arc::new(image.with_lanes(lanes))]
@@ -356,6 +365,18 @@ async fn readers_get_errors_when_qemu_is_gone() {
     access.child.wait().expect("gone");
     assert_eq!(read_direct(&path, 0, 4096).expect_err("gone").raw_os_error(), Some(Errno::EIO as i32));
     assert!(shown.log.warnings()[0].contains("closed"), "{:?}", shown.log.warnings());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reads_across_a_border_that_no_request_may_cross_are_whole() {
+    let Some(access) = Access::start() else { return };
+    let images = access.image_of(&access, all_data(), Some(CLUSTER as u32)).await;
+    let Some(shown) = show(images, Duration::from_secs(20)) else { return };
+    let path = shown.path("scsi0");
+    for (offset, len) in [(0, CLUSTER), (CLUSTER - 4096, 8192), (CLUSTER / 2, 2 * CLUSTER), (3 * CLUSTER, 4096)] {
+        assert!(read_direct(&path, offset, len as usize).expect("read") == expected(offset, len), "{len} at {offset}");
+    }
+    assert_eq!(shown.log.warnings(), [""; 0]);
 }
 
 /// The first connections that are asked lead to a server that dies; the others know better.
