@@ -36,10 +36,7 @@ async fn main() -> Result<()> {
     while clients.len() < connections && clients[0].can_multi_conn() {
         clients.push(Client::connect(&options).await?);
     }
-    let mut lanes = Vec::new();
-    while lanes.len() < if clients[0].can_multi_conn() { 2 } else { 1 } {
-        lanes.push(Lane::connect(&options).await?);
-    }
+    let lanes = Lane::several(&options, 2).await?;
     let content = Extents::uniform(clients[0].size(), Content::Data);
     let options = ExportOptions { grain: 64 << 10, largest_request: None };
     let image = ExportImage::new("disk".into(), content, clients, options).with_lanes(lanes);

@@ -188,12 +188,8 @@ impl Opened {
     async fn lanes(&self, socket: &Path) -> Result<Vec<Lane<ReadAnswer>>, CopyError> {
         let options = connection(socket, &self.access, Vec::new());
         let options = ConnectOptions { longest_read: options.longest_read.min(LONGEST_READ), ..options };
-        let mut lanes = Vec::new();
-        while lanes.len() < if self.clients[0].can_multi_conn() { LANES } else { 1 } {
-            let lane = Lane::connect(&options).await;
-            lanes.push(lane.map_err(|source| CopyError::Nbd { disk: self.access.name.clone(), source })?);
-        }
-        Ok(lanes)
+        let lanes = Lane::several(&options, LANES).await;
+        lanes.map_err(|source| CopyError::Nbd { disk: self.access.name.clone(), source })
     }
 
     fn image(&self, lanes: Vec<Lane<ReadAnswer>>) -> Arc<dyn Image> {

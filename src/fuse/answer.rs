@@ -109,20 +109,20 @@ pub struct ReadAnswer {
 
 impl ReadAnswer {
     /// Here they are.
-    pub fn data(self, bytes: &[u8]) {
+    pub(super) fn data(self, bytes: &[u8]) {
         drop(self.turn);
         self.reply.data(bytes);
     }
 
     /// It cannot be read: the reader gets an error and the log the reason.
-    pub fn fail(self, error: &ImageError) {
+    pub(super) fn fail(self, error: &ImageError) {
         self.shared.complain(&*self.image, Doing::Reading(self.offset, self.len), error);
         drop(self.turn);
         self.reply.error(error.errno());
     }
 
     /// Reads in a task.
-    pub fn by_task(self) {
+    pub(super) fn by_task(self) {
         let (shared, image) = (self.shared.clone(), self.image.clone());
         self.shared.runtime.clone().spawn(async move {
             match shared.in_time(self.begun, image.read(self.offset, self.len)).await {

@@ -13,7 +13,7 @@ use std::{
 };
 
 /// `fuse_in_header`, bytes.
-pub(super) const HEADER: usize = 40;
+const HEADER: usize = 40;
 /// `fuse_read_in`, bytes.
 const READ: usize = 40;
 /// `fuse_out_header`, bytes.
@@ -148,7 +148,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// A `FUSE_READ` as a kernel of version 7.45 sent it, of 4096 bytes at 64 KiB.
+    /// A `FUSE_READ` of 4096 bytes at 64 KiB.
     fn read() -> Vec<u8> {
         let mut message = vec![0; HEADER + READ];
         let long =

@@ -1,7 +1,8 @@
 //! Disks as files: one directory, one read-only file per disk, of exactly the disk's size.
 //!
-//! The session's thread only takes requests apart. Reads and discards are answered by tokio tasks, so many are under way at a
-//! time, each with a deadline: whoever reads a file cannot be interrupted while he waits for us.
+//! Reads come from [`super::reads`], everything else from fuser. Neither thread waits: what takes time is answered later, by a
+//! connection's lane or by a tokio task, so many requests are under way at a time, each with a deadline: whoever reads a file
+//! cannot be interrupted while he waits for us.
 
 use super::{
     ahead::{Ahead, Found},

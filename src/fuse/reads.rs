@@ -41,7 +41,6 @@ const PATIENCE_AT_END: u16 = 1000;
 const LARGEST_OTHER: usize = 128 << 10;
 
 /// The connections of one image.
-#[derive(Default)]
 pub(super) struct Lanes(Vec<Lane<ReadAnswer>>);
 
 impl Lanes {
@@ -79,7 +78,6 @@ pub(super) struct Reads {
     fuser: OwnedFd,
     view: ImageView,
     lanes: Vec<Lanes>,
-    patience: Duration,
     looked: Instant,
 }
 
@@ -98,8 +96,8 @@ enum End {
 impl Reads {
     /// Serves `view`, mounted as `device`, together with the session of fuser at the other end of `fuser`.
     pub fn new(device: Device, fuser: OwnedFd, view: ImageView) -> Self {
-        let (lanes, patience) = (view.take_lanes(), view.deadline());
-        Self { device: Arc::new(device), fuser, view, lanes, patience, looked: Instant::now() }
+        let lanes = view.take_lanes();
+        Self { device: Arc::new(device), fuser, view, lanes, looked: Instant::now() }
     }
 
     /// Serves until nothing is mounted any more. When it cannot be served it is ended: `connection` is its number.
@@ -218,7 +216,7 @@ impl Reads {
         let now = Instant::now();
         let lanes = || self.lanes.iter().flat_map(|lanes| &lanes.0).filter(|lane| lane.in_flight() > 0);
         let timeout = lanes().filter_map(Lane::oldest).min().map_or(PollTimeout::NONE, |oldest| {
-            let left = self.patience.saturating_sub(now.duration_since(oldest));
+            let left = self.view.deadline().saturating_sub(now.duration_since(oldest));
             PollTimeout::try_from(left.saturating_add(Duration::from_millis(1))).unwrap_or(PollTimeout::MAX)
         });
         let mut wanted = vec![
@@ -237,9 +235,10 @@ impl Reads {
 
     fn expire(&mut self, now: Instant) {
         self.looked = now;
-        let late = ImageError::TimedOut(self.patience);
+        let patience = self.view.deadline();
+        let late = ImageError::TimedOut(patience);
         for lane in self.lanes.iter_mut().flat_map(|lanes| &mut lanes.0) {
-            lane.expire(now, self.patience, |answer| answer.fail(&late), finish);
+            lane.expire(now, patience, |answer| answer.fail(&late), finish);
         }
     }
 }

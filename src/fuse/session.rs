@@ -197,8 +197,8 @@ impl Mount {
         let (kernel, point) = mounted(dir, Mounting { longest_read: view.longest_read() }, &config)?;
         let failed = |source| FuseError::Mount { path: point.path.clone(), source };
         let device = kernel.as_fd().try_clone_to_owned().and_then(Device::new).map_err(failed)?;
-        let kind = (AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
-        let (ours, fusers) = socketpair(kind.0, kind.1, kind.2, kind.3).map_err(|error| failed(error.into()))?;
+        let (ours, fusers) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+            .map_err(|error| failed(error.into()))?;
         // To fuser the socket is the kernel. What it answers to the greeting is of no interest.
         unistd::write(&ours, &greeting()).map_err(|error| failed(error.into()))?;
         let session = Session::from_fd(view.clone(), fusers, config.acl, config).map_err(failed)?;

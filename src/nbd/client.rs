@@ -142,9 +142,8 @@ impl Client {
     }
 
     fn asked(&self, command: Command, offset: u64, len: u64) -> Result<Asked, NbdError> {
-        let &ExportInfo { size, min_block: block, .. } = self.info();
-        let inside = offset.checked_add(len).is_some_and(|end| end <= size);
-        if !inside || !offset.is_multiple_of(block.into()) || !len.is_multiple_of(block.into()) {
+        if !self.info().has(offset, len) {
+            let &ExportInfo { size, min_block: block, .. } = self.info();
             return Err(NbdError::OutOfBounds { command, offset, len, size, block });
         }
         Ok(Asked { command, offset, len })

@@ -40,6 +40,14 @@ pub struct ExportInfo {
 }
 
 impl ExportInfo {
+    /// Whether `len` bytes at `offset` lie inside the export, and at borders of its blocks.
+    pub(super) fn has(&self, offset: u64, len: u64) -> bool {
+        let block = u64::from(self.min_block);
+        offset.checked_add(len).is_some_and(|end| end <= self.size)
+            && offset.is_multiple_of(block)
+            && len.is_multiple_of(block)
+    }
+
     /// Whether the export refuses writes, trims among them.
     pub fn is_read_only(&self) -> bool {
         self.flags & FLAG_READ_ONLY != 0

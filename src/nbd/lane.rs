@@ -48,8 +48,6 @@ pub struct Lane<T> {
     unsent: Vec<u8>,
     /// Received and not taken apart yet: `stage[start..end]`.
     stage: Box<[u8]>,
-    /// Bytes of the longest reply.
-    whole_reply: usize,
     start: usize,
     end: usize,
     ended: bool,
@@ -62,6 +60,18 @@ impl<T> Lane<T> {
     /// As there.
     pub async fn connect(options: &ConnectOptions) -> Result<Self, NbdError> {
         dial(options, async |stream| Self::start(stream, options).await).await
+    }
+
+    /// Opens `count` connections, and only one to a server that does not promise that several see the same data.
+    ///
+    /// # Errors
+    /// As [`Lane::connect`].
+    pub async fn several(options: &ConnectOptions, count: usize) -> Result<Vec<Self>, NbdError> {
+        let mut lanes = vec![Self::connect(options).await?];
+        while lanes.len() < count && lanes[0].info.can_multi_conn() {
+            lanes.push(Self::connect(options).await?);
+        }
+        Ok(lanes)
     }
 
     /// Negotiates on a stream that is connected already.
@@ -79,7 +89,6 @@ impl<T> Lane<T> {
             next_cookie: 1,
             unsent: Vec::new(),
             stage: vec![0; STAGED * whole_reply].into(),
-            whole_reply,
             start: 0,
             end: 0,
             ended: false,
@@ -108,11 +117,7 @@ impl<T> Lane<T> {
     /// connection has ended.
     pub fn ask(&mut self, offset: u64, len: usize, begun: Instant, owner: T) -> Result<(), T> {
         let asked = Asked { command: Command::Read, offset, len: len as u64 };
-        let block = u64::from(self.info.min_block.max(1));
-        let fits = (1..=u64::from(self.longest_read)).contains(&asked.len)
-            && offset.checked_add(asked.len).is_some_and(|end| end <= self.info.size)
-            && offset.is_multiple_of(block)
-            && asked.len.is_multiple_of(block);
+        let fits = (1..=u64::from(self.longest_read)).contains(&asked.len) && self.info.has(offset, asked.len);
         if self.ended || !fits {
             return Err(owner);
         }
@@ -145,7 +150,7 @@ impl<T> Lane<T> {
         }
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
-        } else if self.stage.len() - self.start < self.whole_reply {
+        } else if self.stage.len() - self.start < self.stage.len() / STAGED {
             self.stage.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
@@ -175,7 +180,6 @@ impl<T> Lane<T> {
         mut done: impl FnMut(T, Option<&[u8]>),
     ) {
         if self.oldest().is_some_and(|begun| now.duration_since(begun) >= patience) {
-            self.ended = true;
             for (_, asking) in self.in_flight.drain() {
                 if now.duration_since(asking.begun) >= patience {
                     late(asking.owner);
