@@ -9,7 +9,7 @@ use crate::{
     config::Dirs,
     copy::{CopyError, DiskMap},
     fuse::{
-        FuseError, Image, ImageView, Mount, MountOptions, ReadAnswer, Unmounted, ViewOptions,
+        FuseError, Image, ImageView, Mount, MountOptions, Unmounted, ViewOptions, Wanted,
         export::{ExportImage, ExportOptions, LONGEST_READ},
         mounts,
         segments::{
@@ -184,15 +184,15 @@ impl Opened {
         Ok(Self { access: disk.clone(), clients, changed, shown })
     }
 
-    /// Connections for small reads.
-    async fn lanes(&self, socket: &Path) -> Result<Vec<Lane<ReadAnswer>>, CopyError> {
+    /// Connections for small reads, and for reading ahead.
+    async fn lanes(&self, socket: &Path) -> Result<Vec<Lane<Wanted>>, CopyError> {
         let options = connection(socket, &self.access, Vec::new());
         let options = ConnectOptions { longest_read: options.longest_read.min(LONGEST_READ), ..options };
         let lanes = Lane::several(&options, LANES).await;
         lanes.map_err(|source| CopyError::Nbd { disk: self.access.name.clone(), source })
     }
 
-    fn image(&self, lanes: Vec<Lane<ReadAnswer>>) -> Arc<dyn Image> {
+    fn image(&self, lanes: Vec<Lane<Wanted>>) -> Arc<dyn Image> {
         let options =
             ExportOptions { grain: self.access.granularity.max(CLUSTER), largest_request: self.access.largest_request };
         let (name, content) = (self.access.name.clone(), self.shown.content.clone());

@@ -1,154 +1,219 @@
 //! Reading ahead of one open file whose kernel does not: what a program that reads in order will ask for next is fetched while it
-//! works on what it has.
+//! works on what it has, and given to it from where it was received.
 //!
 //! What is fetched here is a guess. When it fails, or is not what is asked for, the file is read as if nothing had been guessed,
 //! so a guess that was wrong costs time and never an error.
 
-use super::image::Image;
-use bytes::Bytes;
-use std::{
-    collections::VecDeque,
-    sync::{Arc, Mutex, PoisonError},
+use super::{
+    answer::ReadAnswer,
+    export::LONGEST_READ,
+    image::{Image, Span},
+    reads::{Lanes, Wanted},
 };
-use tokio::{runtime::Handle, sync::watch};
+use std::{
+    borrow::Cow,
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
-/// About as many bytes are fetched at a time, and at least as many as are asked for.
-const CHUNK: u64 = 512 << 10;
-/// How far ahead of the reader, bytes; at least one chunk.
-const DEPTH: u64 = 2 << 20;
+/// Bytes that are fetched at a time.
+const PIECE: u64 = LONGEST_READ as u64;
+/// Bytes that are fetched from the beginning of a read on. QEMU works on 16 requests of a connection at a time.
+const WINDOW: u64 = 16 * PIECE;
 /// So many bytes in order make a reader worth it.
 const TRIAL: u64 = 256 << 10;
 
-/// What is known about a guess: nothing yet, what could be read, or that nothing could.
-type Fetched = watch::Receiver<Option<Option<Bytes>>>;
+/// A program that reads less than this at a time soon reads again.
+const SHORT: usize = 128 << 10;
+/// How soon: about as long as it takes to fall asleep and to be woken up. Without it 32 KiB at a time are read at two thirds of the
+/// speed, 4 KiB at half of it.
+const SOON: Duration = Duration::from_micros(50);
 
-struct Chunk {
+static ZEROES: [u8; PIECE as usize] = [0; PIECE as usize];
+
+/// What a piece is fetched for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fetch {
+    /// Handle of the open file.
+    pub(super) handle: u64,
     start: u64,
-    end: u64,
-    fetched: Fetched,
 }
 
-#[derive(Default)]
-struct State {
+enum Bytes {
+    Coming,
+    Here(Vec<u8>),
+    Zero,
+}
+
+struct Piece {
+    start: u64,
+    end: u64,
+    bytes: Bytes,
+}
+
+impl Piece {
+    /// The part of it that lies in `offset..end`, once it is here.
+    fn part(&self, offset: u64, end: u64) -> Option<&[u8]> {
+        let bytes = match &self.bytes {
+            Bytes::Coming => return None,
+            Bytes::Here(bytes) => bytes,
+            Bytes::Zero => &ZEROES[..],
+        };
+        let from = offset.saturating_sub(self.start) as usize;
+        bytes.get(from..(end.min(self.end) - self.start) as usize)
+    }
+}
+
+/// One read under way; dropped with its answer.
+pub(super) struct Turn(Arc<AtomicUsize>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// One open file.
+pub(super) struct Ahead {
+    handle: u64,
+    image: Arc<dyn Image>,
     /// Where the last read ended.
     next: u64,
     /// Bytes read in order up to there.
     run: u64,
     /// Reads that wait for their answer. Who has several under way is ahead by himself.
-    waiting: usize,
+    under_way: Arc<AtomicUsize>,
     /// Neighbours, in order.
-    chunks: VecDeque<Chunk>,
-}
-
-/// One open file.
-#[derive(Default)]
-pub(super) struct Ahead(Mutex<State>);
-
-/// What to do with a read.
-pub(super) enum Found {
-    /// It was fetched before.
-    Here(Bytes),
-    /// It is being fetched.
-    Coming(Coming),
-    /// It has to be read.
-    No,
-}
-
-/// Chunks that have together what was asked for.
-pub(super) struct Coming {
-    parts: Vec<(u64, Fetched)>,
-    offset: u64,
-    len: usize,
-}
-
-/// One read under way; keep it until its answer.
-pub(super) struct Turn(Arc<Ahead>);
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).waiting -= 1;
-    }
+    pieces: VecDeque<Piece>,
+    /// The read whose pieces are not all here.
+    waiting: Option<ReadAnswer>,
+    /// When the last short read was answered from what was fetched.
+    given: Option<Instant>,
+    /// Memory of whole pieces, used again.
+    idle: Vec<Vec<u8>>,
 }
 
 impl Ahead {
-    /// Looks for `len` bytes at `offset`, which are in the file and not none, and begins to fetch what will be asked for next.
-    pub fn look(self: &Arc<Self>, image: &Arc<dyn Image>, runtime: &Handle, offset: u64, len: usize) -> (Turn, Found) {
-        let end = offset + len as u64;
-        let turn = Turn(self.clone());
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let alone = state.waiting == 0;
-        state.waiting += 1;
-        let in_order = offset == state.next;
-        state.next = end;
-        state.run = if in_order { state.run + len as u64 } else { 0 };
+    pub fn new(handle: u64, image: Arc<dyn Image>) -> Self {
+        Self {
+            handle,
+            image,
+            next: 0,
+            run: 0,
+            under_way: Arc::default(),
+            pieces: VecDeque::new(),
+            waiting: None,
+            given: None,
+            idle: Vec::new(),
+        }
+    }
+
+    /// Takes a read of bytes that are in the file and not none, if it is answered from what is fetched ahead: now or later.
+    pub fn take(&mut self, mut answer: ReadAnswer, lanes: &mut Lanes) -> Option<ReadAnswer> {
+        let (offset, len) = (answer.offset, answer.len as u64);
+        let end = offset + len;
+        let alone = self.under_way.fetch_add(1, Ordering::Relaxed) == 0;
+        answer.turn = Some(Turn(self.under_way.clone()));
+        let in_order = offset == self.next;
+        self.next = end;
+        self.run = if in_order { self.run + len } else { 0 };
         if !in_order || !alone {
-            state.chunks.clear();
-            return (turn, Found::No);
+            self.forget();
+            return Some(answer);
         }
-        if state.run < TRIAL.max(2 * len as u64) {
-            return (turn, Found::No);
+        if self.run < TRIAL.max(2 * len) {
+            return Some(answer);
         }
-        while state.chunks.front().is_some_and(|chunk| chunk.end <= offset) {
-            state.chunks.pop_front();
+        self.fetch(offset, end, lanes);
+        if self.pieces.back().is_none_or(|last| last.end < end) {
+            self.forget();
+            return Some(answer);
         }
-        // Whole reads, so that each is answered out of one chunk, without putting anything together.
-        let chunk = (CHUNK / len as u64).max(1) * len as u64;
-        let ahead = end + DEPTH.max(chunk);
-        let mut edge = state.chunks.back().map_or(offset, |chunk| chunk.end);
-        while edge < end || (edge < image.size() && edge + chunk <= ahead) {
-            let stop = (edge + chunk).min(image.size());
-            state.chunks.push_back(Chunk {
-                start: edge,
-                end: stop,
-                fetched: fetch(image.clone(), runtime, edge, stop),
-            });
-            edge = stop;
-        }
-        let wanted = state.chunks.iter().take_while(|chunk| chunk.start < end);
-        let coming = Coming { parts: wanted.map(|chunk| (chunk.start, chunk.fetched.clone())).collect(), offset, len };
-        drop(state);
-        let known = match &coming.parts[..] {
-            [(start, fetched)] => fetched.borrow().as_ref().map(|bytes| {
-                bytes.as_ref().and_then(|bytes| slice(bytes, *start, offset, len)).map_or(Found::No, Found::Here)
-            }),
-            [] => Some(Found::No),
-            _ => None,
-        };
-        (turn, known.unwrap_or(Found::Coming(coming)))
+        self.waiting = Some(answer);
+        self.give(lanes);
+        None
     }
-}
 
-impl Coming {
-    /// The bytes, unless they could not be fetched.
-    pub async fn bytes(self) -> Option<Bytes> {
-        let mut whole = Vec::new();
-        let one = self.parts.len() == 1;
-        for (start, mut fetched) in self.parts {
-            let bytes = fetched.wait_for(Option::is_some).await.ok()?.clone()??;
-            if one {
-                return slice(&bytes, start, self.offset, self.len);
+    /// A piece has come, or cannot be had here.
+    pub fn came(&mut self, fetch: Fetch, bytes: Option<Cow<'_, [u8]>>) {
+        let piece = self.pieces.iter_mut().find(|piece| piece.start == fetch.start);
+        match (piece, bytes) {
+            // One of another length was fetched before the reader went elsewhere and came back.
+            (Some(piece), Some(bytes)) if bytes.len() as u64 == piece.end - piece.start => {
+                piece.bytes = Bytes::Here(bytes.into_owned());
             }
-            let from = (self.offset + whole.len() as u64).checked_sub(start)? as usize;
-            let piece = bytes.get(from..)?;
-            whole.extend_from_slice(&piece[..piece.len().min(self.len - whole.len())]);
+            (Some(_), _) => self.forget(),
+            (None, _) => {}
         }
-        (whole.len() == self.len).then(|| whole.into())
     }
-}
 
-fn slice(bytes: &Bytes, start: u64, offset: u64, len: usize) -> Option<Bytes> {
-    let from = offset.checked_sub(start)? as usize;
-    (from + len <= bytes.len()).then(|| bytes.slice(from..from + len))
-}
-
-fn fetch(image: Arc<dyn Image>, runtime: &Handle, start: u64, end: u64) -> Fetched {
-    let (tell, fetched) = watch::channel(None);
-    runtime.spawn(async move {
-        // Nobody needs it once the file was closed, or is read elsewhere.
-        tokio::select! {
-            bytes = image.read(start, (end - start) as usize) => drop(tell.send(Some(bytes.ok()))),
-            () = tell.closed() => {}
+    /// Answers the read that waits, if all of it is here, and fetches what follows.
+    pub fn give(&mut self, lanes: &mut Lanes) {
+        let Some(answer) = &self.waiting else { return };
+        let (offset, len) = (answer.offset, answer.len);
+        let end = offset + len as u64;
+        let asked = self.pieces.iter().filter(|piece| piece.end > offset).take_while(|piece| piece.start < end);
+        let Some(parts) = asked.map(|piece| piece.part(offset, end)).collect::<Option<Vec<_>>>() else { return };
+        let Some(answer) = self.waiting.take() else { return };
+        // It may have been given away meanwhile.
+        if parts.iter().map(|part| part.len()).sum::<usize>() == len && self.image.has_still(offset, len) {
+            answer.parts(&parts);
+        } else {
+            answer.by_task();
         }
-    });
-    fetched
+        self.given = (len < SHORT).then(Instant::now);
+        self.fetch(end, end, lanes);
+    }
+
+    /// Whether the next read is about to come.
+    pub fn expects_more(&self) -> bool {
+        self.given.is_some_and(|given| given.elapsed() < SOON)
+    }
+
+    /// Has all of `offset..end` fetched, and what follows, as far as it can be.
+    fn fetch(&mut self, offset: u64, end: u64, lanes: &mut Lanes) {
+        while self.pieces.front().is_some_and(|piece| piece.end <= offset) {
+            if let Some(Piece { bytes: Bytes::Here(bytes), .. }) = self.pieces.pop_front()
+                && bytes.len() as u64 == PIECE
+            {
+                self.idle.push(bytes);
+                self.idle.truncate((WINDOW / PIECE) as usize);
+            }
+        }
+        let until = (offset + WINDOW).max(end).min(self.image.size());
+        let mut start = self.pieces.back().map_or(offset, |last| last.end);
+        while start < until {
+            // Borders lie where they would for another reader, so that no request is shorter than need be.
+            let most = (start + 1).next_multiple_of(PIECE) - start;
+            let (len, bytes) = match self.image.span(start, most) {
+                Some(Span::Data(len)) => (len, Bytes::Coming),
+                Some(Span::Zero(len)) => (len, Bytes::Zero),
+                None => return,
+            };
+            if matches!(bytes, Bytes::Coming) {
+                // Short pieces, of which there may be many, do not hold on to the memory of long ones.
+                let mut place = if len > PIECE / 2 { self.idle.pop() } else { None }.unwrap_or_default();
+                place.resize(len as usize, 0);
+                let fetch = Fetch { handle: self.handle, start };
+                if lanes.ask_into(start, place, Instant::now(), Wanted::Ahead(fetch)).is_err() {
+                    return;
+                }
+            }
+            self.pieces.push_back(Piece { start, end: start + len, bytes });
+            start += len;
+        }
+    }
+
+    /// The reader is elsewhere, or what was fetched is of no use.
+    fn forget(&mut self) {
+        self.pieces.clear();
+        self.idle.clear();
+        if let Some(answer) = self.waiting.take() {
+            answer.by_task();
+        }
+    }
 }

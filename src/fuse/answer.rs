@@ -1,7 +1,7 @@
 //! Answers to what readers ask of images: in time, or with an error and its reason in the log.
 
 use super::{
-    ahead::{Coming, Turn},
+    ahead::Turn,
     device::Device,
     image::{Image, ImageError, ViewOptions},
 };
@@ -73,6 +73,18 @@ impl Reply {
         }
     }
 
+    /// Bytes that lie in several places.
+    pub fn parts(self, parts: &[&[u8]]) {
+        match self {
+            Self::Fuser(reply) => reply.data(&parts.concat()),
+            Self::Device(mut reply) => {
+                if let Some(unique) = reply.unique.take() {
+                    reply.device.answer_in_parts(unique, parts);
+                }
+            }
+        }
+    }
+
     pub fn error(self, errno: Errno) {
         match self {
             Self::Fuser(reply) => reply.error(errno),
@@ -114,6 +126,12 @@ impl ReadAnswer {
         self.reply.data(bytes);
     }
 
+    /// Here they are, in several places.
+    pub(super) fn parts(self, parts: &[&[u8]]) {
+        drop(self.turn);
+        self.reply.parts(parts);
+    }
+
     /// It cannot be read: the reader gets an error and the log the reason.
     pub(super) fn fail(self, error: &ImageError) {
         self.shared.complain(&*self.image, Doing::Reading(self.offset, self.len), error);
@@ -126,23 +144,6 @@ impl ReadAnswer {
         let (shared, image) = (self.shared.clone(), self.image.clone());
         self.shared.runtime.clone().spawn(async move {
             match shared.in_time(self.begun, image.read(self.offset, self.len)).await {
-                Ok(bytes) => self.data(&bytes),
-                Err(error) => self.fail(&error),
-            }
-        });
-    }
-
-    /// Waits in a task for what was fetched ahead; without it, reads.
-    pub(super) fn when_come(self, coming: Coming) {
-        let (shared, image) = (self.shared.clone(), self.image.clone());
-        self.shared.runtime.clone().spawn(async move {
-            let work = async {
-                match coming.bytes().await {
-                    Some(bytes) if image.has_still(self.offset, self.len) => Ok(bytes),
-                    _ => image.read(self.offset, self.len).await,
-                }
-            };
-            match shared.in_time(self.begun, work).await {
                 Ok(bytes) => self.data(&bytes),
                 Err(error) => self.fail(&error),
             }

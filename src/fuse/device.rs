@@ -23,6 +23,7 @@ pub(super) const BESIDE_WRITE: usize = 8192;
 
 const FUSE_READ: u32 = 15;
 const FUSE_WRITE: u32 = 16;
+const FUSE_RELEASE: u32 = 18;
 const FUSE_INIT: u32 = 26;
 const FUSE_DESTROY: u32 = 38;
 
@@ -36,6 +37,8 @@ pub(super) enum Request {
     Read { unique: u64, node: u64, handle: u64, offset: u64, size: u32 },
     /// `FUSE_WRITE`.
     Write { unique: u64 },
+    /// `FUSE_RELEASE`: what was opened as `handle` is closed.
+    Release { unique: u64, handle: u64 },
     /// Anything else.
     Other { unique: u64 },
 }
@@ -61,6 +64,7 @@ impl Request {
                 size: u32_at(message, HEADER + 16),
             },
             FUSE_WRITE => Self::Write { unique },
+            FUSE_RELEASE => Self::Release { unique, handle: u64_at(message, HEADER) },
             _ => Self::Other { unique },
         }
     }
@@ -87,6 +91,14 @@ fn request(opcode: u32, unique: u64, payload: usize) -> Vec<u8> {
     message[4..8].copy_from_slice(&opcode.to_ne_bytes());
     message[8..16].copy_from_slice(&unique.to_ne_bytes());
     message
+}
+
+fn answer_header(unique: u64, error: i32, len: usize) -> [u8; ANSWER] {
+    let mut header = [0; ANSWER];
+    header[..4].copy_from_slice(&((ANSWER + len) as u32).to_ne_bytes());
+    header[4..8].copy_from_slice(&error.to_ne_bytes());
+    header[8..].copy_from_slice(&unique.to_ne_bytes());
+    header
 }
 
 /// Which request an answer is to.
@@ -124,11 +136,15 @@ impl Device {
             Ok(bytes) => (0, bytes),
             Err(error) => (-i32::from(error), &[][..]),
         };
-        let mut header = [0; ANSWER];
-        header[..4].copy_from_slice(&((ANSWER + bytes.len()) as u32).to_ne_bytes());
-        header[4..8].copy_from_slice(&error.to_ne_bytes());
-        header[8..].copy_from_slice(&unique.to_ne_bytes());
+        let header = answer_header(unique, error, bytes.len());
         let _ = writev(&self.0, &[IoSlice::new(&header), IoSlice::new(bytes)]);
+    }
+
+    /// As [`Device::answer`], with bytes that lie in several places.
+    pub fn answer_in_parts(&self, unique: u64, parts: &[&[u8]]) {
+        let header = answer_header(unique, 0, parts.iter().map(|part| part.len()).sum());
+        let whole: Vec<_> = [&header[..]].iter().chain(parts).map(|part| IoSlice::new(part)).collect();
+        let _ = writev(&self.0, &whole);
     }
 
     /// Hands on an answer as somebody else made it.

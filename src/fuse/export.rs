@@ -1,11 +1,11 @@
 //! A snapshot access's export as an image: what changed can be read, and given away by punching holes.
 
 use super::{
-    answer::ReadAnswer,
     buffers::Buffers,
-    image::{Caching, Find, Image, ImageError, Punch},
+    image::{Caching, Find, Image, ImageError, Punch, Span},
     ranges::Ranges,
-    session,
+    reads::Wanted,
+    session::LARGEST_REQUEST,
 };
 use crate::{
     extent::{Extent, Extents},
@@ -46,7 +46,7 @@ pub struct ExportImage {
     name: String,
     content: Extents<Content>,
     clients: Vec<Client>,
-    lanes: Mutex<Vec<Lane<ReadAnswer>>>,
+    lanes: Mutex<Vec<Lane<Wanted>>>,
     next: AtomicUsize,
     options: ExportOptions,
     buffers: Arc<Buffers>,
@@ -78,9 +78,9 @@ impl ExportImage {
         }
     }
 
-    /// Reads of few bytes go over `lanes`, where the file is mounted as an image.
+    /// Reads of few bytes, and of what will be read next, go over `lanes`, where the file is mounted as an image.
     #[must_use]
-    pub fn with_lanes(self, lanes: Vec<Lane<ReadAnswer>>) -> Self {
+    pub fn with_lanes(self, lanes: Vec<Lane<Wanted>>) -> Self {
         Self { lanes: Mutex::new(lanes), ..self }
     }
 
@@ -123,7 +123,7 @@ impl ExportImage {
             if extent.state != Content::Data {
                 continue;
             }
-            if let Some(largest) = self.options.largest_request.map(u64::from).filter(|largest| *largest > 0) {
+            if let Some(largest) = self.largest_request() {
                 // The client cuts reads into pieces of this length, from their beginning on.
                 let border = start.next_multiple_of(largest).min(stop);
                 if border > start {
@@ -138,10 +138,9 @@ impl ExportImage {
         parts
     }
 
-    /// Whether `offset..end` may not be one request.
-    fn crosses_border(&self, offset: u64, end: u64) -> bool {
-        let largest = self.options.largest_request.map(u64::from).filter(|largest| *largest > 0);
-        largest.is_some_and(|largest| offset / largest != (end - 1) / largest)
+    /// [`ExportOptions::largest_request`]; requests do not cross its multiples.
+    fn largest_request(&self) -> Option<u64> {
+        self.options.largest_request.map(u64::from).filter(|largest| *largest > 0)
     }
 
     /// The connections, the next one first; a lost one is passed over.
@@ -195,10 +194,10 @@ impl Image for ExportImage {
 
     fn longest_read(&self) -> u32 {
         // Where the kernel reads ahead, each answer can be used while the next is under way.
-        match self.options.largest_request.filter(|largest| *largest > 0) {
-            _ if self.caching() == Caching::Direct => session::LARGEST_REQUEST,
+        match self.largest_request() {
+            _ if self.caching() == Caching::Direct => LARGEST_REQUEST,
             // The kernel aligns what it asks for to its length.
-            Some(largest) => LONGEST_READ.min(largest),
+            Some(largest) => LONGEST_READ.min(largest as u32),
             None => LONGEST_READ,
         }
     }
@@ -229,14 +228,21 @@ impl Image for ExportImage {
         Ok(whole.freeze())
     }
 
-    fn take_lanes(&self) -> Vec<Lane<ReadAnswer>> {
+    fn take_lanes(&self) -> Vec<Lane<Wanted>> {
         std::mem::take(&mut *self.lanes.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn is_one_read(&self, offset: u64, len: usize) -> bool {
-        let end = offset + len as u64;
-        let one = matches!(self.from(offset), [extent, ..] if extent.state == Content::Data && end <= extent.end());
-        one && self.has_still(offset, len) && !self.crosses_border(offset, end)
+    fn span(&self, offset: u64, most: u64) -> Option<Span> {
+        let extent = self.from(offset).first()?;
+        let until = self.readable_until(offset, extent.end().min(offset + most)).ok()?;
+        match extent.state {
+            Content::Clean => None,
+            Content::Zero => Some(Span::Zero(until - offset)),
+            Content::Data => {
+                let border = self.largest_request().map_or(until, |largest| (offset + 1).next_multiple_of(largest));
+                Some(Span::Data(until.min(border) - offset))
+            }
+        }
     }
 
     fn has_still(&self, offset: u64, len: usize) -> bool {

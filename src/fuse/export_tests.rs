@@ -1,7 +1,7 @@
 //! Exports of a real QEMU storage daemon, mounted for real.
 
 use super::{
-    ReadAnswer,
+    Wanted,
     archive_tests::{data_map, read_direct, show},
     export::{ExportImage, ExportOptions, LONGEST_READ},
     image::Image,
@@ -125,7 +125,7 @@ impl Access {
         vec![Arc::new(image.with_lanes(lanes))]
     }
 
-    async fn lane(&self) -> Lane<ReadAnswer> {
+    async fn lane(&self) -> Lane<Wanted> {
         let options = ConnectOptions { longest_read: LONGEST_READ, ..self.options(Duration::from_secs(20)) };
         Lane::connect(&options).await.expect("connects")
     }
@@ -290,6 +290,50 @@ async fn who_reads_in_order_is_read_ahead_of_and_never_beyond_what_can_be_read()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whoever_reads_in_order_or_elsewhere_gets_what_was_there() {
+    let Some(access) = Access::start() else { return };
+    let map = [
+        (MIB, Content::Data),
+        (MIB + 4096, Content::Zero),
+        (3 * MIB - 512, Content::Data),
+        (4 * MIB, Content::Zero),
+        (SIZE, Content::Data),
+    ];
+    let mut content = expected(0, SIZE);
+    content[MIB as usize..][..4096].fill(0);
+    content[3 * MIB as usize - 512..4 * MIB as usize].fill(0);
+    for largest_request in [None, Some(CLUSTER as u32)] {
+        let images = access.image_of(&access, extents(&map), largest_request).await;
+        let Some(shown) = show(images, Duration::from_secs(30)) else { return };
+        std::thread::scope(|scope| {
+            for mut dice in 1..5u64 {
+                let (path, content) = (shown.path("scsi0"), &content);
+                scope.spawn(move || {
+                    let (file, mut at) = (File::open(path).expect("open"), 0);
+                    for _ in 0..300 {
+                        dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                        // Seldom elsewhere, and now and then back to what was read before.
+                        at = match dice >> 60 {
+                            0 => dice % SIZE,
+                            1 => at / 2,
+                            _ if at == SIZE => 0,
+                            _ => at,
+                        };
+                        let lens = [512, 64 * KIB, 128 * KIB, 300_001, MIB];
+                        let mut buffer = vec![1; lens[(dice >> 40) as usize % lens.len()] as usize];
+                        let read = file.read_at(&mut buffer, at).expect("read") as u64;
+                        assert_eq!(read, (buffer.len() as u64).min(SIZE - at));
+                        assert!(buffer[..read as usize] == content[at as usize..][..read as usize], "{read} at {at}");
+                        at += read;
+                    }
+                });
+            }
+        });
+        assert_eq!(shown.log.warnings(), [""; 0]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_was_fetched_ahead_is_given_away_with_the_rest() {
     let Some(access) = Access::start() else { return };
     let Some(shown) = show(access.image(all_data()).await, Duration::from_secs(30)) else { return };
@@ -344,13 +388,34 @@ async fn a_qemu_that_hangs_keeps_no_reader_longer_than_the_deadline() {
         let Some(shown) = show(images, deadline) else { return };
         let path = shown.path("scsi0");
         assert!(read_direct(&path, 0, 4096).is_ok());
+        // One reads in order; what was fetched ahead of it is there.
+        let (file, mut buffer, mut at) = (File::open(&path).expect("open"), vec![0; CLUSTER as usize], 0);
+        while at < MIB {
+            at += file.read_at(&mut buffer, at).expect("read") as u64;
+        }
         access.signal(Signal::SIGSTOP);
         let begun = std::time::Instant::now();
         let error = read_direct(&path, 0, 4096).expect_err("hangs");
         let waited = begun.elapsed();
+        let (in_order, begun) = std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                loop {
+                    let begun = std::time::Instant::now();
+                    match file.read_at(&mut buffer, at) {
+                        Ok(read) => at += read as u64,
+                        Err(error) => return (error, begun),
+                    }
+                }
+            });
+            reader.join().expect("ends")
+        });
+        let waited_in_order = begun.elapsed();
         access.signal(Signal::SIGCONT);
-        assert_eq!(error.raw_os_error(), Some(Errno::EIO as i32));
-        assert!(waited >= deadline && waited < deadline + Duration::from_secs(3), "{waited:?}");
+        for (error, waited) in [(error, waited), (in_order, waited_in_order)] {
+            assert_eq!(error.raw_os_error(), Some(Errno::EIO as i32));
+            assert!(waited < deadline + Duration::from_secs(3), "{waited:?}");
+        }
+        assert!(waited >= deadline, "{waited:?}");
         assert!(shown.log.warnings()[0].contains("within"), "{:?}", shown.log.warnings());
     }
 }
@@ -394,6 +459,13 @@ async fn what_one_connection_fails_to_bring_is_asked_of_another() {
                     let offset = (reader * 131 + round * 977) % (SIZE / 4096) * 4096;
                     let read = read_direct(path, offset, 4096).expect("read");
                     assert!(read == expected(offset, read.len() as u64), "reader {reader}: {offset}");
+                }
+            });
+        }
+        for _ in 0..2 {
+            scope.spawn(|| {
+                for _ in 0..20 {
+                    assert!(fs::read(&path).expect("read in order") == expected(0, SIZE));
                 }
             });
         }

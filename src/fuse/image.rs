@@ -5,9 +5,8 @@
 //! cannot be interrupted while he waits for us.
 
 use super::{
-    ahead::{Ahead, Found},
     answer::{Doing, ReadAnswer, Reply, Shared},
-    reads::Lanes,
+    reads::{Lanes, Wanted},
     session::{LARGEST_REQUEST, configure, directory_attributes, file_attributes},
 };
 use crate::{
@@ -19,16 +18,15 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, KernelConfig,
-    LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyDirectory, ReplyEmpty, ReplyEntry,
-    ReplyLseek, ReplyOpen, ReplyStatfs, Request, TimeOrNow,
+    OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
+    ReplyOpen, ReplyStatfs, Request, TimeOrNow,
 };
 use std::{
-    collections::HashMap,
     ffi::OsStr,
     io,
     path::Path,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
@@ -93,6 +91,15 @@ pub enum Caching {
     Direct,
 }
 
+/// Bytes of a file that are all of one kind; their number, not zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Span {
+    /// They can be asked for in one request.
+    Data(u64),
+    /// They are zero.
+    Zero(u64),
+}
+
 /// Whether holes can be punched into a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Punch {
@@ -128,14 +135,15 @@ pub trait Image: Send + Sync + 'static {
     /// `len` bytes at `offset`, which lie inside the file; with [`Caching::Direct`] also fewer, but at least one.
     async fn read(&self, offset: u64, len: usize) -> Result<Bytes, ImageError>;
 
-    /// Connections for reads that [`Image::is_one_read`] says yes to; from the second call on none.
-    fn take_lanes(&self) -> Vec<Lane<ReadAnswer>> {
+    /// Connections for what [`Image::span`] says is data; from the second call on none.
+    fn take_lanes(&self) -> Vec<Lane<Wanted>> {
         Vec::new()
     }
 
-    /// Whether `len` bytes at `offset` can be asked for as they are, in one request.
-    fn is_one_read(&self, _offset: u64, _len: usize) -> bool {
-        false
+    /// What lies at `offset` and can be had without [`Image::read`]: at most `most` bytes, which are in the file. `None` where that is
+    /// not so.
+    fn span(&self, _offset: u64, _most: u64) -> Option<Span> {
+        None
     }
 
     /// Whether all of `len` bytes at `offset`, which could be read before, still can.
@@ -166,20 +174,13 @@ pub struct ViewOptions {
 pub struct ImageView {
     images: Arc<[Arc<dyn Image>]>,
     shared: Arc<Shared>,
-    /// Open files that the kernel does not read ahead of.
-    open: Arc<Mutex<HashMap<u64, Arc<Ahead>>>>,
     next_handle: Arc<AtomicU64>,
 }
 
 impl ImageView {
     /// Shows `images`, whose names differ. Requests are answered by tasks of the tokio runtime in which this is called.
     pub fn new(images: Vec<Arc<dyn Image>>, options: ViewOptions) -> Self {
-        Self {
-            images: images.into(),
-            shared: Arc::new(Shared::new(options)),
-            open: Arc::default(),
-            next_handle: Arc::new(AtomicU64::new(1)),
-        }
+        Self { images: images.into(), shared: Arc::new(Shared::new(options)), next_handle: Arc::new(AtomicU64::new(1)) }
     }
 
     pub(super) fn longest_read(&self) -> u32 {
@@ -195,34 +196,25 @@ impl ImageView {
         self.images.iter().map(|image| Lanes::new(image.take_lanes())).collect()
     }
 
-    /// Reads `size` bytes at `offset` of the file `node`, opened as `handle`, and answers; now or later.
-    pub(super) fn read_image(&self, node: u64, handle: u64, offset: u64, size: u32, reply: Reply, lanes: &mut [Lanes]) {
-        let ino = INodeNo(node);
-        let Some(image) = self.image(ino) else { return reply.error(Errno::EISDIR) };
+    /// Begins a read of `size` bytes at `offset` of the file `node`, and tells which image that is; answers one of no bytes.
+    pub(super) fn read_image(&self, node: u64, offset: u64, size: u32, reply: Reply) -> Option<(usize, ReadAnswer)> {
+        let Some(image) = self.image(INodeNo(node)) else {
+            reply.error(Errno::EISDIR);
+            return None;
+        };
         let len = image.size().saturating_sub(offset).min(size.into()) as usize;
         if len == 0 {
-            return reply.data(&[]);
+            reply.data(&[]);
+            return None;
         }
-        let ahead = if handle == NOT_AHEAD { None } else { self.open_files().get(&handle).cloned() };
-        let (turn, found) = match ahead.map(|ahead| ahead.look(image, &self.shared.runtime, offset, len)) {
-            Some((turn, found)) => (Some(turn), found),
-            None => (None, Found::No),
-        };
-        let begun = Instant::now();
-        let answer = ReadAnswer { shared: self.shared.clone(), image: image.clone(), offset, len, reply, begun, turn };
-        match found {
-            Found::Here(bytes) if image.has_still(offset, len) => return answer.data(&bytes),
-            Found::Coming(coming) => return answer.when_come(coming),
-            Found::Here(_) | Found::No => {}
-        }
-        let lanes = lanes.get_mut((node - FIRST) as usize).filter(|_| image.is_one_read(offset, len));
-        let left = match lanes {
-            Some(lanes) => lanes.ask(answer).err(),
-            None => Some(answer),
-        };
-        if let Some(answer) = left {
-            answer.by_task();
-        }
+        let (shared, image, begun) = (self.shared.clone(), image.clone(), Instant::now());
+        let answer = ReadAnswer { shared, image, offset, len, reply, begun, turn: None };
+        Some(((node - FIRST) as usize, answer))
+    }
+
+    /// Whether the kernel does not read ahead of whoever opened a file as `handle`.
+    pub(super) fn is_read_ahead(handle: u64) -> bool {
+        handle != NOT_AHEAD
     }
 
     fn image(&self, ino: INodeNo) -> Option<&Arc<dyn Image>> {
@@ -238,10 +230,6 @@ impl ImageView {
         let perm = if image.punching() == Punch::Offered { 0o600 } else { 0o400 };
         // Programs look for holes only where a file has fewer blocks than its size needs.
         Some(FileAttr { blocks: image.data_bytes().div_ceil(512), blksize: 1 << 20, perm, ..attributes })
-    }
-
-    fn open_files(&self) -> MutexGuard<'_, HashMap<u64, Arc<Ahead>>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -283,28 +271,10 @@ impl Filesystem for ImageView {
         }
         let (handle, flags) = match image.caching() {
             Caching::Cached => (NOT_AHEAD, FopenFlags::FOPEN_KEEP_CACHE),
-            Caching::Direct => {
-                let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
-                self.open_files().insert(handle, Arc::default());
-                (handle, FopenFlags::FOPEN_DIRECT_IO)
-            }
+            Caching::Direct => (self.next_handle.fetch_add(1, Ordering::Relaxed), FopenFlags::FOPEN_DIRECT_IO),
         };
         // Closing a file, which every exec of a program that has it open does, must not wait for us.
         reply.opened(FileHandle(handle), flags | FopenFlags::FOPEN_NOFLUSH);
-    }
-
-    fn release(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        handle: FileHandle,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        _: bool,
-        reply: ReplyEmpty,
-    ) {
-        self.open_files().remove(&handle.0);
-        reply.ok();
     }
 
     fn fallocate(

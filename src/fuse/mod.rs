@@ -25,6 +25,6 @@ mod archive_tests;
 #[cfg(test)]
 mod export_tests;
 
-pub use answer::ReadAnswer;
 pub use image::{Image, ImageError, ImageView, ViewOptions};
+pub use reads::Wanted;
 pub use session::{FuseError, LARGEST_REQUEST, Mount, MountOptions, Unmounted};

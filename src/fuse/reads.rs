@@ -2,12 +2,13 @@
 //!
 //! A read of a few KiB costs less than waking up a thread for it. So one thread does it all, in turns: it takes the reads that
 //! are there, has their requests sent together, and gives the kernel the bytes as they lie in the buffer of the NBD connection.
-//! Reads that are not that simple are answered by tasks.
+//! What is read in order is fetched before it is asked for. Reads that are not that simple are answered by tasks.
 
 use super::{
+    ahead::{Ahead, Fetch},
     answer::{ReadAnswer, Reply},
     device::{BESIDE_WRITE, Device, FAREWELL, Request, answered, farewell},
-    image::{ImageError, ImageView},
+    image::{ImageError, ImageView, Span},
     mounts,
     session::LARGEST_REQUEST,
 };
@@ -19,8 +20,11 @@ use nix::{
     sys::socket::{MsgFlags, recv, send},
 };
 use std::{
+    borrow::Cow,
+    collections::HashMap,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -40,34 +44,63 @@ const PATIENCE_AT_END: u16 = 1000;
 /// The largest answer of fuser: a page of a directory.
 const LARGEST_OTHER: usize = 128 << 10;
 
+/// What a request to an export is for.
+pub enum Wanted {
+    /// A read's answer.
+    Read(ReadAnswer),
+    /// A read that will follow.
+    Ahead(Fetch),
+}
+
 /// The connections of one image.
-pub(super) struct Lanes(Vec<Lane<ReadAnswer>>);
+pub(super) struct Lanes(Vec<Lane<Wanted>>);
 
 impl Lanes {
-    pub fn new(lanes: Vec<Lane<ReadAnswer>>) -> Self {
+    pub fn new(lanes: Vec<Lane<Wanted>>) -> Self {
         Self(lanes)
     }
 
-    /// Asks for what `answer` waits for; it comes back when that is not possible here.
-    pub fn ask(&mut self, answer: ReadAnswer) -> Result<(), ReadAnswer> {
+    /// Asks for what `answer` waits for; it comes back when that is not one request, or not possible here.
+    fn ask(&mut self, answer: ReadAnswer) -> Result<(), ReadAnswer> {
+        let len = answer.len as u64;
+        if answer.image.span(answer.offset, len) != Some(Span::Data(len)) {
+            return Err(answer);
+        }
         let busy = |lane: &&mut Lane<_>| (lane.has_ended(), lane.in_flight());
         let idle = self.0.iter().position(|lane| !lane.has_ended() && lane.in_flight() < SERVED_AT_ONCE);
         let lane = match idle {
             Some(at) => self.0.get_mut(at),
             None => self.0.iter_mut().min_by_key(busy),
         };
-        match lane {
-            Some(lane) => lane.ask(answer.offset, answer.len, answer.begun, answer),
-            None => Err(answer),
+        let Some(lane) = lane else { return Err(answer) };
+        match lane.ask(answer.offset, answer.len, answer.begun, Wanted::Read(answer)) {
+            Err(Wanted::Read(answer)) => Err(answer),
+            _ => Ok(()),
+        }
+    }
+
+    /// Asks for as many bytes as `place` has. The last connection has these, as long as others live.
+    pub fn ask_into(&mut self, offset: u64, place: Vec<u8>, begun: Instant, wanted: Wanted) -> Result<(), Wanted> {
+        match self.0.iter_mut().rev().find(|lane| !lane.has_ended()) {
+            Some(lane) => lane.ask_into(offset, place, begun, wanted),
+            None => Err(wanted),
         }
     }
 }
 
-/// Gives a read its bytes, or to those who know what to make of failures.
-fn finish(answer: ReadAnswer, bytes: Option<&[u8]>) {
-    match bytes {
-        Some(bytes) => answer.data(bytes),
-        None => answer.by_task(),
+/// A file that is read ahead of, and which of the images it is.
+type Aheads = HashMap<u64, (usize, Ahead)>;
+
+/// Hands bytes to where they are wanted, or what failed to those who know what to make of failures.
+fn finish(wanted: Wanted, bytes: Option<Cow<'_, [u8]>>, aheads: &mut Aheads) {
+    match (wanted, bytes) {
+        (Wanted::Read(answer), Some(bytes)) => answer.data(&bytes),
+        (Wanted::Read(answer), None) => answer.by_task(),
+        (Wanted::Ahead(fetch), bytes) => {
+            if let Some((_, ahead)) = aheads.get_mut(&fetch.handle) {
+                ahead.came(fetch, bytes);
+            }
+        }
     }
 }
 
@@ -78,7 +111,11 @@ pub(super) struct Reads {
     fuser: OwnedFd,
     view: ImageView,
     lanes: Vec<Lanes>,
+    /// By the handle.
+    aheads: Aheads,
     looked: Instant,
+    /// Whether readers run while we do.
+    several_processors: bool,
 }
 
 /// How the thread goes on.
@@ -97,7 +134,9 @@ impl Reads {
     /// Serves `view`, mounted as `device`, together with the session of fuser at the other end of `fuser`.
     pub fn new(device: Device, fuser: OwnedFd, view: ImageView) -> Self {
         let lanes = view.take_lanes();
-        Self { device: Arc::new(device), fuser, view, lanes, looked: Instant::now() }
+        let several_processors = thread::available_parallelism().is_ok_and(|processors| processors.get() > 1);
+        let (device, aheads, looked) = (Arc::new(device), HashMap::new(), Instant::now());
+        Self { device, fuser, view, lanes, aheads, looked, several_processors }
     }
 
     /// Serves until nothing is mounted any more. When it cannot be served it is ended: `connection` is its number.
@@ -106,6 +145,7 @@ impl Reads {
         let end = loop {
             match self.turn(&mut buffer) {
                 Ok(Turn::Busy) => {}
+                Ok(Turn::Idle) if self.expects_more() => {}
                 Ok(Turn::Idle) => {
                     if let Err(end) = self.wait() {
                         break end;
@@ -120,6 +160,11 @@ impl Reads {
         // Before fuser ends, which says that all is over.
         self.lanes.clear();
         self.end_fuser(&mut buffer);
+    }
+
+    /// Whether the next read may come before this thread could be woken up for it.
+    fn expects_more(&self) -> bool {
+        self.several_processors && self.aheads.values().any(|(_, ahead)| ahead.expects_more())
     }
 
     /// Tells fuser that nothing is mounted any more. Without an answer to that it would only see a broken connection.
@@ -148,8 +193,13 @@ impl Reads {
         }
         for lane in self.lanes.iter_mut().flat_map(|lanes| &mut lanes.0) {
             lane.send();
-            if lane.in_flight() > 0 && lane.receive(finish) {
+            if lane.in_flight() > 0 && lane.receive(|wanted, bytes| finish(wanted, bytes, &mut self.aheads)) {
                 turn = Turn::Busy;
+            }
+        }
+        for (index, ahead) in self.aheads.values_mut() {
+            if let Some(lanes) = self.lanes.get_mut(*index) {
+                ahead.give(lanes);
             }
         }
         if self.pass_answers(buffer)? {
@@ -166,13 +216,32 @@ impl Reads {
         match Request::of(message) {
             Request::Read { unique, node, handle, offset, size } => {
                 let reply = Reply::device(self.device.clone(), unique);
-                self.view.read_image(node, handle, offset, size, reply, &mut self.lanes);
+                if let Some((index, answer)) = self.view.read_image(node, offset, size, reply) {
+                    self.read(index, handle, answer);
+                }
+            }
+            Request::Release { unique, handle } => {
+                self.aheads.remove(&handle);
+                self.pass_request(unique, message)?;
             }
             // Images only have holes punched, and what would be written may be too long for the way to fuser.
             Request::Write { unique } => self.device.answer(unique, Err(Errno::EROFS)),
             Request::Other { unique } => self.pass_request(unique, message)?,
         }
         Ok(())
+    }
+
+    fn read(&mut self, index: usize, handle: u64, answer: ReadAnswer) {
+        let Some(lanes) = self.lanes.get_mut(index) else { return answer.by_task() };
+        let left = if ImageView::is_read_ahead(handle) {
+            let new = || (index, Ahead::new(handle, answer.image.clone()));
+            self.aheads.entry(handle).or_insert_with(new).1.take(answer, lanes)
+        } else {
+            Some(answer)
+        };
+        if let Some(answer) = left.and_then(|answer| lanes.ask(answer).err()) {
+            answer.by_task();
+        }
     }
 
     fn pass_request(&self, unique: u64, message: &[u8]) -> Result<(), End> {
@@ -238,7 +307,10 @@ impl Reads {
         let patience = self.view.deadline();
         let late = ImageError::TimedOut(patience);
         for lane in self.lanes.iter_mut().flat_map(|lanes| &mut lanes.0) {
-            lane.expire(now, patience, |answer| answer.fail(&late), finish);
+            lane.expire(now, patience, |wanted, is_late| match wanted {
+                Wanted::Read(answer) if is_late => answer.fail(&late),
+                wanted => finish(wanted, None, &mut self.aheads),
+            });
         }
     }
 }

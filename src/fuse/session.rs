@@ -332,10 +332,12 @@ impl Drop for Mount {
 
 /// What every view wants of the kernel, which then asks for `longest_read` bytes at a time at most; for `Filesystem::init`.
 ///
-/// Without `FUSE_ASYNC_DIO` every asynchronous `O_DIRECT` read waits for the one before (a seventh of the speed).
+/// Without `FUSE_ASYNC_DIO` every asynchronous `O_DIRECT` read waits for the one before (a seventh of the speed); without
+/// `FUSE_DIRECT_IO_ALLOW_MMAP` (Linux 6.6) a file whose pages are not kept cannot be mapped as shared memory.
 pub fn configure(kernel: &mut KernelConfig, longest_read: u32) {
     // What an old kernel does not offer is done without.
     let _ = kernel.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+    let _ = kernel.add_capabilities(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP);
     // fuser has no other way to say it.
     let longest = longest_read.clamp(4096, LARGEST_REQUEST);
     let _ = kernel.set_max_write(longest);

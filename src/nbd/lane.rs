@@ -1,5 +1,6 @@
 //! A connection for many small reads, owned by one thread: it gathers requests, sends them in one go, takes whatever has come in
-//! one go, and hands the bytes on from where they came. No task and no other thread wakes up for it.
+//! one go, and hands the bytes on from where they came, or receives them where they are to be. No task and no other thread wakes up
+//! for it.
 //!
 //! It answers what a server that keeps to the protocol answers with data. Whatever else happens, an error in a reply or the end of
 //! the connection, the reads go back to their owner, who asks [`super::Client`]: what to make of failures is written there, once.
@@ -15,8 +16,10 @@ use super::{
     },
 };
 use std::{
+    borrow::Cow,
     collections::HashMap,
-    io::{self, Read, Write},
+    io::{self, IoSliceMut, Read, Write},
+    ops::Range,
     os::{
         fd::{AsFd, BorrowedFd},
         unix::net::UnixStream,
@@ -27,14 +30,27 @@ use std::{
 /// So many whole replies have room where they are received: one that has come in part seldom has to be moved for the rest of it.
 const STAGED: usize = 4;
 
+/// What is received behind a payload that has its own place: the next header and offset, and nothing that would have to be copied.
+const BEHIND: usize = MAX_HEADER + 8;
+
 /// One read under way.
 struct Asking<T> {
     asked: Asked,
     begun: Instant,
     owner: T,
-    /// What came in pieces. One piece that is the whole is never copied.
+    /// Where the bytes belong. Without it, one piece that is the whole is never copied, and several are put together here.
     pieces: Option<(Vec<u8>, Coverage)>,
+    /// Whether the place is the owner's.
+    placed: bool,
     refused: bool,
+}
+
+/// A payload of which the beginning has come.
+struct Filling {
+    cookie: u64,
+    /// What is missing, of the bytes asked for.
+    rest: Range<usize>,
+    last: bool,
 }
 
 /// A connection whose reads belong to `T`s.
@@ -46,10 +62,15 @@ pub struct Lane<T> {
     /// Cookies count up, so that a reply to what was never asked is told from others.
     next_cookie: u64,
     unsent: Vec<u8>,
-    /// Received and not taken apart yet: `stage[start..end]`.
+    /// Received and not taken apart yet: `stage[start..end]`. Empty while `filling`.
     stage: Box<[u8]>,
     start: usize,
     end: usize,
+    /// So many bytes of what is staged are missing at least.
+    missing: usize,
+    filling: Option<Filling>,
+    /// Reads under way that have a place.
+    placed: usize,
     ended: bool,
 }
 
@@ -91,6 +112,9 @@ impl<T> Lane<T> {
             stage: vec![0; STAGED * whole_reply].into(),
             start: 0,
             end: 0,
+            missing: 0,
+            filling: None,
+            placed: 0,
             ended: false,
         })
     }
@@ -116,6 +140,19 @@ impl<T> Lane<T> {
     /// `owner` comes back when it cannot be asked for here: it has no bytes or too many, is out of bounds or not aligned, or the
     /// connection has ended.
     pub fn ask(&mut self, offset: u64, len: usize, begun: Instant, owner: T) -> Result<(), T> {
+        self.ask_for(offset, len, begun, owner, None)
+    }
+
+    /// As [`Lane::ask`], for as many bytes as `place` has, which are received there. For long reads; on a lane with them short
+    /// ones are slower.
+    ///
+    /// # Errors
+    /// As there; `place` is lost.
+    pub fn ask_into(&mut self, offset: u64, place: Vec<u8>, begun: Instant, owner: T) -> Result<(), T> {
+        self.ask_for(offset, place.len(), begun, owner, Some(place))
+    }
+
+    fn ask_for(&mut self, offset: u64, len: usize, begun: Instant, owner: T, place: Option<Vec<u8>>) -> Result<(), T> {
         let asked = Asked { command: Command::Read, offset, len: len as u64 };
         let fits = (1..=u64::from(self.longest_read)).contains(&asked.len) && self.info.has(offset, asked.len);
         if self.ended || !fits {
@@ -124,7 +161,10 @@ impl<T> Lane<T> {
         let cookie = self.next_cookie;
         self.next_cookie += 1;
         self.unsent.extend_from_slice(encode_request(self.info.framing, cookie, &asked, None).as_slice());
-        self.in_flight.insert(cookie, Asking { asked, begun, owner, pieces: None, refused: false });
+        let placed = place.is_some();
+        self.placed += usize::from(placed);
+        let pieces = place.map(|place| (place, Coverage::new(len)));
+        self.in_flight.insert(cookie, Asking { asked, begun, owner, pieces, placed, refused: false });
         Ok(())
     }
 
@@ -142,22 +182,15 @@ impl<T> Lane<T> {
         }
     }
 
-    /// Takes what has come, without waiting: `done` gets the bytes of each read that is answered, and none for one that has to be
-    /// asked elsewhere. Tells whether something came.
-    pub fn receive(&mut self, mut done: impl FnMut(T, Option<&[u8]>)) -> bool {
+    /// Takes what has come, without waiting: `done` gets the bytes of each read that is answered, in its place if it has one, and
+    /// none for one that has to be asked elsewhere. Tells whether something came.
+    pub fn receive(&mut self, mut done: impl FnMut(T, Option<Cow<'_, [u8]>>)) -> bool {
         if self.ended {
             return false;
         }
-        if self.start == self.end {
-            (self.start, self.end) = (0, 0);
-        } else if self.stage.len() - self.start < self.stage.len() / STAGED {
-            self.stage.copy_within(self.start..self.end, 0);
-            (self.start, self.end) = (0, self.end - self.start);
-        }
-        match (&self.stream).read(&mut self.stage[self.end..]) {
+        match self.fetch() {
             Ok(0) => self.end(done),
-            Ok(came) => {
-                self.end += came;
+            Ok(_) => {
                 if let Err(Violation(what)) = self.take_apart(&mut done) {
                     tracing::debug!("the NBD server breaks the protocol: {what}");
                     self.end(done);
@@ -171,23 +204,40 @@ impl<T> Lane<T> {
         true
     }
 
-    /// Ends the connection when a read has waited for longer than `patience`. `late` gets those, `done` the others.
-    pub fn expire(
-        &mut self,
-        now: Instant,
-        patience: Duration,
-        mut late: impl FnMut(T),
-        mut done: impl FnMut(T, Option<&[u8]>),
-    ) {
-        if self.oldest().is_some_and(|begun| now.duration_since(begun) >= patience) {
+    /// Receives into the place of a payload or the stage, or both; the number of bytes.
+    fn fetch(&mut self) -> io::Result<usize> {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.stage.len() - self.start < self.stage.len() / STAGED {
+            self.stage.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        if let Some(filling) = &mut self.filling
+            && let Some((place, _)) = self.in_flight.get_mut(&filling.cookie).and_then(|asking| asking.pieces.as_mut())
+        {
+            let parts =
+                &mut [IoSliceMut::new(&mut place[filling.rest.clone()]), IoSliceMut::new(&mut self.stage[..BEHIND])];
+            let came = (&self.stream).read_vectored(parts)?;
+            let filled = came.min(filling.rest.len());
+            filling.rest.start += filled;
+            self.end = came - filled;
+            return Ok(came);
+        }
+        let room = self.stage.len() - self.end;
+        let room = if self.placed > 0 { room.min(self.missing.max(BEHIND)) } else { room };
+        let came = (&self.stream).read(&mut self.stage[self.end..][..room])?;
+        self.end += came;
+        Ok(came)
+    }
+
+    /// Ends the connection when a read has waited for longer than `patience`. `over` gets all, and whether they are among those.
+    pub fn expire(&mut self, now: Instant, patience: Duration, mut over: impl FnMut(T, bool)) {
+        let is_late = |begun| now.duration_since(begun) >= patience;
+        if self.oldest().is_some_and(is_late) {
             for (_, asking) in self.in_flight.drain() {
-                if now.duration_since(asking.begun) >= patience {
-                    late(asking.owner);
-                } else {
-                    done(asking.owner, None);
-                }
+                over(asking.owner, is_late(asking.begun));
             }
-            self.end(done);
+            self.end(|_, _| {});
         }
     }
 
@@ -196,17 +246,27 @@ impl<T> Lane<T> {
         self.ended
     }
 
-    fn end(&mut self, mut done: impl FnMut(T, Option<&[u8]>)) {
+    fn end(&mut self, mut done: impl FnMut(T, Option<Cow<'_, [u8]>>)) {
         self.ended = true;
         self.unsent.clear();
+        self.filling = None;
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
         for (_, asking) in self.in_flight.drain() {
             done(asking.owner, None);
         }
     }
 
-    fn take_apart(&mut self, done: &mut impl FnMut(T, Option<&[u8]>)) -> Result<(), Violation> {
+    fn take_apart(&mut self, done: &mut impl FnMut(T, Option<Cow<'_, [u8]>>)) -> Result<(), Violation> {
         loop {
+            if let Some(filling) = self.filling.take_if(|filling| filling.rest.is_empty())
+                && filling.last
+            {
+                self.answered(filling.cookie, done)?;
+            }
+            if self.filling.is_some() {
+                return Ok(());
+            }
+            self.missing = 0;
             let staged = &self.stage[self.start..self.end];
             if staged.len() < 4 {
                 return Ok(());
@@ -228,12 +288,26 @@ impl<T> Lane<T> {
                 }
                 Reply::Chunk(chunk) => {
                     let payload = expect_payload(self.info.framing, &chunk, &asking.asked)?;
+                    if let Payload::Data(count) = payload
+                        && asking.placed
+                        && rest.len() < chunk.len as usize
+                    {
+                        let Some((offset, data)) = rest.split_at_checked(8) else { return Ok(()) };
+                        let place = asking.piece(u64_at(offset, 0), count as u64, Some(data))?;
+                        let rest = place.start + data.len()..place.end;
+                        self.filling = Some(Filling { cookie, rest, last: chunk.last });
+                        self.start = self.end;
+                        return Ok(());
+                    }
                     // Bounded by the judgement above, so that it fits into the stage.
-                    let Some(bytes) = rest.get(..chunk.len as usize) else { return Ok(()) };
+                    let Some(bytes) = rest.get(..chunk.len as usize) else {
+                        self.missing = chunk.len as usize - rest.len();
+                        return Ok(());
+                    };
                     if let Some(whole) = asking.take(payload, bytes, chunk.last)? {
                         self.start += header + whole.len() + 8;
                         if let Some(asking) = self.in_flight.remove(&cookie) {
-                            done(asking.owner, Some(whole));
+                            done(asking.owner, Some(whole.into()));
                         }
                         continue;
                     }
@@ -241,47 +315,59 @@ impl<T> Lane<T> {
                 }
             };
             self.start += header + len;
-            if last && let Some(asking) = self.in_flight.remove(&cookie) {
-                let Asking { asked, owner, pieces, refused, .. } = asking;
-                let whole = pieces.filter(|(_, covered)| covered.is_complete() && !refused);
-                done(owner, whole.as_ref().map(|(whole, _)| &whole[..]));
-                if whole.is_none() && !refused {
-                    return Err(Violation(format!("the reply to {asked} ends too early")));
-                }
+            if last {
+                self.answered(cookie, done)?;
             }
         }
+    }
+
+    /// The last chunk of a reply was taken.
+    fn answered(&mut self, cookie: u64, done: &mut impl FnMut(T, Option<Cow<'_, [u8]>>)) -> Result<(), Violation> {
+        let Some(Asking { asked, owner, pieces, placed, refused, .. }) = self.in_flight.remove(&cookie) else {
+            return Ok(());
+        };
+        self.placed -= usize::from(placed);
+        let whole = pieces.filter(|(_, covered)| covered.is_complete() && !refused);
+        let short = whole.is_none() && !refused;
+        done(owner, whole.map(|(whole, _)| whole.into()));
+        if short { Err(Violation(format!("the reply to {asked} ends too early"))) } else { Ok(()) }
     }
 }
 
 impl<T> Asking<T> {
-    /// Takes a chunk's payload. Bytes that are all that was asked for come back.
+    /// Takes a chunk's payload. Bytes that are all that was asked for, and have no other place, come back.
     fn take<'a>(&mut self, payload: Payload, bytes: &'a [u8], last: bool) -> Result<Option<&'a [u8]>, Violation> {
-        let len = self.asked.len as usize;
-        let (piece, data) = match payload {
+        match payload {
             Payload::Data(count) => {
-                let piece = place(&self.asked, u64_at(bytes, 0), count as u64)?;
-                if last && self.pieces.is_none() && !self.refused && piece.len() == len {
+                let (offset, count) = (u64_at(bytes, 0), count as u64);
+                if last && self.pieces.is_none() && !self.refused && count == self.asked.len {
+                    place(&self.asked, offset, count)?;
                     return Ok(Some(&bytes[8..]));
                 }
-                (piece, Some(&bytes[8..]))
+                self.piece(offset, count, Some(&bytes[8..]))?;
             }
             Payload::Hole => {
                 let Some(hole) = bytes.first_chunk() else { return Err(Violation("a short hole".into())) };
                 let (offset, count) = decode_hole(hole);
-                (place(&self.asked, offset, count)?, None)
+                self.piece(offset, count, None)?;
             }
-            Payload::Error(_) => {
-                self.refused = true;
-                return Ok(None);
-            }
-            Payload::Nothing | Payload::Status(_) => return Ok(None),
-        };
-        let (whole, covered) = self.pieces.get_or_insert_with(|| (vec![0; len], Coverage::new(len)));
-        covered.add(piece.clone())?;
-        if let Some(data) = data {
-            whole[piece].copy_from_slice(data);
+            Payload::Error(_) => self.refused = true,
+            Payload::Nothing | Payload::Status(_) => {}
         }
         Ok(None)
+    }
+
+    /// Puts a piece where it belongs, of `data` as much as has come, or zeroes; tells where that is.
+    fn piece(&mut self, offset: u64, count: u64, data: Option<&[u8]>) -> Result<Range<usize>, Violation> {
+        let piece = place(&self.asked, offset, count)?;
+        let len = self.asked.len as usize;
+        let (whole, covered) = self.pieces.get_or_insert_with(|| (vec![0; len], Coverage::new(len)));
+        covered.add(piece.clone())?;
+        match data {
+            Some(data) => whole[piece.clone()][..data.len()].copy_from_slice(data),
+            None => whole[piece.clone()].fill(0),
+        }
+        Ok(piece)
     }
 }
 

@@ -7,6 +7,7 @@ use super::{
 };
 use crate::fuzzing::block_on;
 use proptest::prelude::*;
+use std::borrow::Cow;
 use std::time::{Duration, Instant};
 use tokio::net::UnixStream;
 
@@ -27,7 +28,7 @@ fn ask(lane: &mut Lane<u64>, offset: u64, len: usize) {
 /// Everything that has come.
 fn receive(lane: &mut Lane<u64>) -> Done {
     let mut done = Done::new();
-    while lane.receive(|offset, bytes| done.push((offset, bytes.map(<[u8]>::to_vec)))) {}
+    while lane.receive(|offset, bytes| done.push((offset, bytes.map(Cow::into_owned)))) {}
     done
 }
 
@@ -218,6 +219,81 @@ fn replies_may_be_cut_anywhere() {
     });
 }
 
+/// Asks for bytes that are received where they belong; gives the address of that place.
+fn ask_into(lane: &mut Lane<u64>, offset: u64, len: usize) -> *const u8 {
+    // As left by another read.
+    let place = vec![0xEE; len];
+    let address = place.as_ptr();
+    assert!(lane.ask_into(offset, place, Instant::now(), offset).is_ok());
+    address
+}
+
+#[test]
+fn long_reads_are_received_where_they_belong_and_short_ones_between_them() {
+    with_both(async |offer| {
+        for cut in [1, 20, 28, 3000, 100_000, usize::MAX] {
+            let (mut lane, mut server) = pair(&offer).await;
+            let (mut bytes, mut expected, mut places) = (Vec::new(), Done::new(), Vec::new());
+            for (number, len) in [70_000, 4096, 65536, 1, 512, 70_000].into_iter().enumerate() {
+                let offset = number as u64 * 2 * MIB;
+                if len > 4096 {
+                    places.push((offset, ask_into(&mut lane, offset, len as usize)));
+                } else {
+                    ask(&mut lane, offset, len as usize);
+                }
+                lane.send();
+                let request = server.request().await;
+                bytes.extend(server.header(&request, true, 1, len + 8));
+                bytes.extend(offset.to_be_bytes());
+                bytes.extend(pattern(offset, len));
+                expected.push(read(offset, len));
+            }
+            let (mut done, mut addresses) = (Done::new(), Vec::new());
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                let (now, later) = rest.split_at(cut.min(rest.len()).max(rest.len() / 2000));
+                server.send(now).await;
+                while lane.receive(|offset, bytes| {
+                    if let Some(Cow::Owned(place)) = &bytes {
+                        addresses.push((offset, place.as_ptr()));
+                    }
+                    done.push((offset, bytes.map(Cow::into_owned)));
+                }) {}
+                rest = later;
+            }
+            assert!(done == expected, "in pieces of {cut}");
+            assert_eq!(addresses, places, "none was copied");
+        }
+    });
+}
+
+#[test]
+fn a_place_is_filled_by_pieces_and_given_back_only_when_it_is_full() {
+    with_both(async |offer| {
+        let (mut lane, mut server) = pair(&offer).await;
+        for offset in [0, MIB, 2 * MIB, 3 * MIB] {
+            ask_into(&mut lane, offset, 8192);
+        }
+        lane.send();
+        let first = server.request().await;
+        server.data(&first, false, 4096, 2048).await;
+        server.hole(&first, false, 6144, 2048).await;
+        server.data(&first, true, 0, 4096).await;
+        let whole = [pattern(0, 6144), vec![0; 2048]].concat();
+        assert_eq!(receive(&mut lane), [(0, Some(whole))]);
+        let second = server.request().await;
+        server.data(&second, false, MIB, 4096).await;
+        server.error(&second, true, 5, "bad luck").await;
+        assert_eq!(receive(&mut lane), [(MIB, None)]);
+        let third = server.request().await;
+        server.data(&third, true, 2 * MIB, 4096).await;
+        let mut done = receive(&mut lane);
+        done.sort_unstable();
+        assert_eq!(done, [(2 * MIB, None), (3 * MIB, None)], "the other half never came");
+        assert!(lane.has_ended());
+    });
+}
+
 #[test]
 fn what_waits_too_long_is_told_from_what_only_lost_its_lane() {
     with_both(async |offer| {
@@ -226,11 +302,12 @@ fn what_waits_too_long_is_told_from_what_only_lost_its_lane() {
         let (early, patience) = (now.checked_sub(Duration::from_secs(40)).unwrap(), Duration::from_secs(30));
         assert!(lane.ask(0, 512, early, 0).is_ok() && lane.ask(512, 512, now, 512).is_ok());
         assert_eq!(lane.oldest(), Some(early));
-        let (mut late, mut done) = (Vec::new(), Vec::new());
-        lane.expire(early, patience, |owner| late.push(owner), |owner, _| done.push(owner));
-        assert!(late.is_empty() && done.is_empty());
-        lane.expire(now, patience, |owner| late.push(owner), |owner, _| done.push(owner));
-        assert_eq!((late, done), (vec![0], vec![512]));
+        let mut over = Vec::new();
+        lane.expire(early, patience, |owner, is_late| over.push((owner, is_late)));
+        assert!(over.is_empty());
+        lane.expire(now, patience, |owner, is_late| over.push((owner, is_late)));
+        over.sort_unstable();
+        assert_eq!(over, [(0, true), (512, false)]);
         assert!(lane.has_ended());
     });
 }
@@ -245,9 +322,9 @@ proptest! {
     ) {
         let done = block_on(async {
             let (mut lane, mut server) = pair(&Offer::of(framing)).await;
-            for offset in [0, 1000, 2000] {
-                ask(&mut lane, offset, 500);
-            }
+            ask(&mut lane, 0, 500);
+            ask_into(&mut lane, 1000, 500);
+            ask(&mut lane, 2000, 500);
             lane.send();
             server.send(&bytes).await;
             drop(server);
