@@ -13,10 +13,7 @@ use super::{
 use std::{
     borrow::Cow,
     collections::VecDeque,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -68,14 +65,9 @@ impl Piece {
     }
 }
 
-/// One read under way; dropped with its answer.
-pub(super) struct Turn(Arc<AtomicUsize>);
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
+/// Its clones are the reads of one open file that wait for their answers.
+#[derive(Clone, Default)]
+pub(super) struct Turn(Arc<()>);
 
 /// One open file.
 pub(super) struct Ahead {
@@ -85,8 +77,8 @@ pub(super) struct Ahead {
     next: u64,
     /// Bytes read in order up to there.
     run: u64,
-    /// Reads that wait for their answer. Who has several under way is ahead by himself.
-    under_way: Arc<AtomicUsize>,
+    /// Who has several reads under way is ahead by himself.
+    turn: Turn,
     /// Neighbours, in order.
     pieces: VecDeque<Piece>,
     /// The read whose pieces are not all here.
@@ -104,7 +96,7 @@ impl Ahead {
             image,
             next: 0,
             run: 0,
-            under_way: Arc::default(),
+            turn: Turn::default(),
             pieces: VecDeque::new(),
             waiting: None,
             given: None,
@@ -116,8 +108,8 @@ impl Ahead {
     pub fn take(&mut self, mut answer: ReadAnswer, lanes: &mut Lanes) -> Option<ReadAnswer> {
         let (offset, len) = (answer.offset, answer.len as u64);
         let end = offset + len;
-        let alone = self.under_way.fetch_add(1, Ordering::Relaxed) == 0;
-        answer.turn = Some(Turn(self.under_way.clone()));
+        let alone = Arc::strong_count(&self.turn.0) == 1;
+        answer.turn = Some(self.turn.clone());
         let in_order = offset == self.next;
         self.next = end;
         self.run = if in_order { self.run + len } else { 0 };
@@ -162,10 +154,10 @@ impl Ahead {
         // It may have been given away meanwhile.
         if parts.iter().map(|part| part.len()).sum::<usize>() == len && self.image.has_still(offset, len) {
             answer.parts(&parts);
+            self.given = (len < SHORT).then(Instant::now);
         } else {
             answer.by_task();
         }
-        self.given = (len < SHORT).then(Instant::now);
         self.fetch(end, end, lanes);
     }
 

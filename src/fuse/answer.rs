@@ -69,7 +69,7 @@ impl Reply {
     pub fn data(self, bytes: &[u8]) {
         match self {
             Self::Fuser(reply) => reply.data(bytes),
-            Self::Device(mut reply) => reply.give(Ok(bytes)),
+            Self::Device(mut reply) => reply.give(Ok(&[bytes])),
         }
     }
 
@@ -77,11 +77,7 @@ impl Reply {
     pub fn parts(self, parts: &[&[u8]]) {
         match self {
             Self::Fuser(reply) => reply.data(&parts.concat()),
-            Self::Device(mut reply) => {
-                if let Some(unique) = reply.unique.take() {
-                    reply.device.answer_in_parts(unique, parts);
-                }
-            }
+            Self::Device(mut reply) => reply.give(Ok(parts)),
         }
     }
 
@@ -94,7 +90,7 @@ impl Reply {
 }
 
 impl DeviceReply {
-    fn give(&mut self, answer: Result<&[u8], Errno>) {
+    fn give(&mut self, answer: Result<&[&[u8]], Errno>) {
         if let Some(unique) = self.unique.take() {
             self.device.answer(unique, answer);
         }

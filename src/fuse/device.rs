@@ -93,14 +93,6 @@ fn request(opcode: u32, unique: u64, payload: usize) -> Vec<u8> {
     message
 }
 
-fn answer_header(unique: u64, error: i32, len: usize) -> [u8; ANSWER] {
-    let mut header = [0; ANSWER];
-    header[..4].copy_from_slice(&((ANSWER + len) as u32).to_ne_bytes());
-    header[4..8].copy_from_slice(&error.to_ne_bytes());
-    header[8..].copy_from_slice(&unique.to_ne_bytes());
-    header
-}
-
 /// Which request an answer is to.
 pub(super) fn answered(answer: &[u8]) -> u64 {
     u64_at(answer, 8)
@@ -130,19 +122,17 @@ impl Device {
         }
     }
 
-    /// Answers a request. Nobody is there to hear of an error: the asker was interrupted, or nothing is mounted any more.
-    pub fn answer(&self, unique: u64, answer: Result<&[u8], Errno>) {
-        let (error, bytes) = match answer {
-            Ok(bytes) => (0, bytes),
+    /// Answers a request, with bytes that may lie in several places. Nobody is there to hear of an error: the asker was interrupted, or nothing is mounted any more.
+    pub fn answer(&self, unique: u64, answer: Result<&[&[u8]], Errno>) {
+        let (error, parts) = match answer {
+            Ok(parts) => (0, parts),
             Err(error) => (-i32::from(error), &[][..]),
         };
-        let header = answer_header(unique, error, bytes.len());
-        let _ = writev(&self.0, &[IoSlice::new(&header), IoSlice::new(bytes)]);
-    }
-
-    /// As [`Device::answer`], with bytes that lie in several places.
-    pub fn answer_in_parts(&self, unique: u64, parts: &[&[u8]]) {
-        let header = answer_header(unique, 0, parts.iter().map(|part| part.len()).sum());
+        let len = ANSWER + parts.iter().map(|part| part.len()).sum::<usize>();
+        let mut header = [0; ANSWER];
+        header[..4].copy_from_slice(&(len as u32).to_ne_bytes());
+        header[4..8].copy_from_slice(&error.to_ne_bytes());
+        header[8..].copy_from_slice(&unique.to_ne_bytes());
         let whole: Vec<_> = [&header[..]].iter().chain(parts).map(|part| IoSlice::new(part)).collect();
         let _ = writev(&self.0, &whole);
     }

@@ -246,9 +246,8 @@ impl Image for ExportImage {
     }
 
     fn has_still(&self, offset: u64, len: usize) -> bool {
-        let punched = self.punched.lock().unwrap_or_else(PoisonError::into_inner);
-        punched.discarded.end_at(offset).is_none()
-            && punched.discarded.start_from(offset).is_none_or(|start| start >= offset + len as u64)
+        let end = offset + len as u64;
+        self.readable_until(offset, end).is_ok_and(|until| until == end)
     }
 
     async fn punch(&self, offset: u64, len: u64) -> Result<(), ImageError> {

@@ -334,6 +334,27 @@ async fn whoever_reads_in_order_or_elsewhere_gets_what_was_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_file_whose_pages_are_not_kept_can_be_mapped_as_shared_memory() {
+    let Some(access) = Access::start() else { return };
+    let kernel = nix::sys::utsname::uname().expect("a kernel").release().to_string_lossy().into_owned();
+    let version: Vec<u32> = kernel.split(['.', '-']).map_while(|number| number.parse().ok()).collect();
+    if version < vec![6, 6] {
+        eprintln!("skipped: Linux {kernel} cannot do that");
+        return;
+    }
+    let Some(shown) = show(access.image(all_data()).await, Duration::from_secs(30)) else { return };
+    let map = "import mmap, sys; f = open(sys.argv[1], 'rb'); \
+               sys.stdout.buffer.write(mmap.mmap(f.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)[:])";
+    let Ok(output) = Command::new("python3").args(["-c", map]).arg(shown.path("scsi0")).output() else {
+        eprintln!("skipped: python3 is not installed");
+        return;
+    };
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.stdout == expected(0, SIZE));
+    assert_eq!(shown.log.warnings(), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_was_fetched_ahead_is_given_away_with_the_rest() {
     let Some(access) = Access::start() else { return };
     let Some(shown) = show(access.image(all_data()).await, Duration::from_secs(30)) else { return };

@@ -212,9 +212,9 @@ impl ImageView {
         Some(((node - FIRST) as usize, answer))
     }
 
-    /// Whether the kernel does not read ahead of whoever opened a file as `handle`.
-    pub(super) fn is_read_ahead(handle: u64) -> bool {
-        handle != NOT_AHEAD
+    /// Whether the kernel reads ahead of whoever opened a file as `handle`.
+    pub(super) fn kernel_reads_ahead(handle: u64) -> bool {
+        handle == NOT_AHEAD
     }
 
     fn image(&self, ino: INodeNo) -> Option<&Arc<dyn Image>> {

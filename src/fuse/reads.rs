@@ -233,11 +233,11 @@ impl Reads {
 
     fn read(&mut self, index: usize, handle: u64, answer: ReadAnswer) {
         let Some(lanes) = self.lanes.get_mut(index) else { return answer.by_task() };
-        let left = if ImageView::is_read_ahead(handle) {
+        let left = if ImageView::kernel_reads_ahead(handle) {
+            Some(answer)
+        } else {
             let new = || (index, Ahead::new(handle, answer.image.clone()));
             self.aheads.entry(handle).or_insert_with(new).1.take(answer, lanes)
-        } else {
-            Some(answer)
         };
         if let Some(answer) = left.and_then(|answer| lanes.ask(answer).err()) {
             answer.by_task();

@@ -10,6 +10,7 @@ use super::{
     client::dial,
     coverage::Coverage,
     handshake::negotiate,
+    receive::STAGE_BEHIND_LARGE,
     wire::{
         Asked, Chunk, Command, MAX_ERROR_PAYLOAD, MAX_HEADER, Payload, Reply, Violation, decode_header, decode_hole,
         encode_request, expect_payload, header_len, place, u32_at, u64_at,
@@ -29,9 +30,6 @@ use std::{
 
 /// So many whole replies have room where they are received: one that has come in part seldom has to be moved for the rest of it.
 const STAGED: usize = 4;
-
-/// What is received behind a payload that has its own place: the next header and offset, and nothing that would have to be copied.
-const BEHIND: usize = MAX_HEADER + 8;
 
 /// One read under way.
 struct Asking<T> {
@@ -69,8 +67,6 @@ pub struct Lane<T> {
     /// So many bytes of what is staged are missing at least.
     missing: usize,
     filling: Option<Filling>,
-    /// Reads under way that have a place.
-    placed: usize,
     ended: bool,
 }
 
@@ -114,7 +110,6 @@ impl<T> Lane<T> {
             end: 0,
             missing: 0,
             filling: None,
-            placed: 0,
             ended: false,
         })
     }
@@ -162,7 +157,6 @@ impl<T> Lane<T> {
         self.next_cookie += 1;
         self.unsent.extend_from_slice(encode_request(self.info.framing, cookie, &asked, None).as_slice());
         let placed = place.is_some();
-        self.placed += usize::from(placed);
         let pieces = place.map(|place| (place, Coverage::new(len)));
         self.in_flight.insert(cookie, Asking { asked, begun, owner, pieces, placed, refused: false });
         Ok(())
@@ -215,8 +209,10 @@ impl<T> Lane<T> {
         if let Some(filling) = &mut self.filling
             && let Some((place, _)) = self.in_flight.get_mut(&filling.cookie).and_then(|asking| asking.pieces.as_mut())
         {
-            let parts =
-                &mut [IoSliceMut::new(&mut place[filling.rest.clone()]), IoSliceMut::new(&mut self.stage[..BEHIND])];
+            let parts = &mut [
+                IoSliceMut::new(&mut place[filling.rest.clone()]),
+                IoSliceMut::new(&mut self.stage[..STAGE_BEHIND_LARGE]),
+            ];
             let came = (&self.stream).read_vectored(parts)?;
             let filled = came.min(filling.rest.len());
             filling.rest.start += filled;
@@ -224,7 +220,8 @@ impl<T> Lane<T> {
             return Ok(came);
         }
         let room = self.stage.len() - self.end;
-        let room = if self.placed > 0 { room.min(self.missing.max(BEHIND)) } else { room };
+        let placed = self.in_flight.values().any(|asking| asking.placed);
+        let room = if placed { room.min(self.missing.max(STAGE_BEHIND_LARGE)) } else { room };
         let came = (&self.stream).read(&mut self.stage[self.end..][..room])?;
         self.end += came;
         Ok(came)
@@ -323,10 +320,9 @@ impl<T> Lane<T> {
 
     /// The last chunk of a reply was taken.
     fn answered(&mut self, cookie: u64, done: &mut impl FnMut(T, Option<Cow<'_, [u8]>>)) -> Result<(), Violation> {
-        let Some(Asking { asked, owner, pieces, placed, refused, .. }) = self.in_flight.remove(&cookie) else {
+        let Some(Asking { asked, owner, pieces, refused, .. }) = self.in_flight.remove(&cookie) else {
             return Ok(());
         };
-        self.placed -= usize::from(placed);
         let whole = pieces.filter(|(_, covered)| covered.is_complete() && !refused);
         let short = whole.is_none() && !refused;
         done(owner, whole.map(|(whole, _)| whole.into()));

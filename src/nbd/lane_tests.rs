@@ -193,32 +193,6 @@ fn a_socket_that_takes_no_more_gets_the_rest_later() {
     });
 }
 
-#[test]
-fn replies_may_be_cut_anywhere() {
-    with_both(async |offer| {
-        let (mut lane, mut server) = pair(&offer).await;
-        let (mut expected, mut answered, mut bytes) = (Done::new(), Done::new(), Vec::new());
-        for (number, len) in [1 << 20, 4096, 65536, 512, 1 << 20, 1, 70000].into_iter().enumerate() {
-            let offset = number as u64 * 2 * MIB;
-            ask(&mut lane, offset, len as usize);
-            lane.send();
-            let request = server.request().await;
-            bytes.extend(server.header(&request, true, 1, len + 8));
-            bytes.extend(offset.to_be_bytes());
-            bytes.extend(pattern(offset, len));
-            expected.push(read(offset, len));
-        }
-        let (mut rest, mut piece) = (&bytes[..], 1);
-        while !rest.is_empty() {
-            let (now, later) = rest.split_at(piece.min(rest.len()));
-            server.send(now).await;
-            answered.extend(receive(&mut lane));
-            (rest, piece) = (later, piece * 7 % 90_001);
-        }
-        assert!(answered == expected);
-    });
-}
-
 /// Asks for bytes that are received where they belong; gives the address of that place.
 fn ask_into(lane: &mut Lane<u64>, offset: u64, len: usize) -> *const u8 {
     // As left by another read.
@@ -228,15 +202,16 @@ fn ask_into(lane: &mut Lane<u64>, offset: u64, len: usize) -> *const u8 {
     address
 }
 
+/// The short ones are received where they are taken apart, the others where they belong.
 #[test]
-fn long_reads_are_received_where_they_belong_and_short_ones_between_them() {
+fn replies_may_be_cut_anywhere() {
     with_both(async |offer| {
-        for cut in [1, 20, 28, 3000, 100_000, usize::MAX] {
+        for (short, first_cut) in [(u64::MAX, 1), (4096, 1), (4096, 20), (4096, 28), (4096, 40), (0, 1)] {
             let (mut lane, mut server) = pair(&offer).await;
             let (mut bytes, mut expected, mut places) = (Vec::new(), Done::new(), Vec::new());
-            for (number, len) in [70_000, 4096, 65536, 1, 512, 70_000].into_iter().enumerate() {
+            for (number, len) in [1 << 20, 4096, 65536, 512, 1 << 20, 1, 70000, 70000].into_iter().enumerate() {
                 let offset = number as u64 * 2 * MIB;
-                if len > 4096 {
+                if len > short {
                     places.push((offset, ask_into(&mut lane, offset, len as usize)));
                 } else {
                     ask(&mut lane, offset, len as usize);
@@ -249,9 +224,9 @@ fn long_reads_are_received_where_they_belong_and_short_ones_between_them() {
                 expected.push(read(offset, len));
             }
             let (mut done, mut addresses) = (Done::new(), Vec::new());
-            let mut rest = &bytes[..];
+            let (mut rest, mut piece) = (&bytes[..], first_cut);
             while !rest.is_empty() {
-                let (now, later) = rest.split_at(cut.min(rest.len()).max(rest.len() / 2000));
+                let (now, later) = rest.split_at(piece.min(rest.len()));
                 server.send(now).await;
                 while lane.receive(|offset, bytes| {
                     if let Some(Cow::Owned(place)) = &bytes {
@@ -259,9 +234,9 @@ fn long_reads_are_received_where_they_belong_and_short_ones_between_them() {
                     }
                     done.push((offset, bytes.map(Cow::into_owned)));
                 }) {}
-                rest = later;
+                (rest, piece) = (later, piece * 7 % 90_001);
             }
-            assert!(done == expected, "in pieces of {cut}");
+            assert!(done == expected, "short is {short}, the first cut at {first_cut}");
             assert_eq!(addresses, places, "none was copied");
         }
     });

@@ -14,7 +14,7 @@ use tokio::net::UnixStream;
 /// Bytes read ahead while replies are small, so that one system call brings many.
 const STAGE: usize = 64 << 10;
 /// Bytes read ahead behind a large payload: the next header and offset, and nothing that would have to be copied.
-const STAGE_BEHIND_LARGE: usize = MAX_HEADER + 8;
+pub(super) const STAGE_BEHIND_LARGE: usize = MAX_HEADER + 8;
 /// What counts as large, bytes.
 const LARGE: usize = 32 << 10;
 
