@@ -175,7 +175,7 @@ fn what_cannot_be_asked_for_here_comes_back() {
 fn a_socket_that_takes_no_more_gets_the_rest_later() {
     with_both(async |offer| {
         let (mut lane, mut server) = pair(&offer).await;
-        let many = 40_000;
+        let many = 12_000;
         for number in 0..many {
             ask(&mut lane, number * 512, 512);
         }

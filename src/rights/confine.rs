@@ -217,7 +217,9 @@ mod tests {
 
     #[test]
     fn the_kernel_and_other_processes_are_out_of_reach() {
+        // Outlives the thread, which could not remove it.
         let here = tempfile::tempdir().unwrap();
+        let place = here.path().to_owned();
         let given_up = confined(Confinement::Files { writable: vec![], network: true }, move |given_up| {
             let status = fs::read_to_string("/proc/thread-self/status").unwrap();
             let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim().to_owned();
@@ -225,7 +227,7 @@ mod tests {
             let effective = u64::from_str_radix(&field("CapEff:"), 16).unwrap();
             assert_eq!(effective & !KEPT.iter().map(Capability::bitmask).sum::<u64>(), 0, "{effective:#x}");
             let mounted =
-                nix::mount::mount(Some("none"), here.path(), Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>);
+                nix::mount::mount(Some("none"), &place, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>);
             assert_eq!(mounted, Err(Errno::EPERM));
             given_up
         });

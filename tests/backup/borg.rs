@@ -1,36 +1,19 @@
 //! Real machines to a borg repository, by way of the segment view.
 
 use crate::{
-    rig::{Bus, Format, Io, Kind, LoadPlan, MIB, Program, Run, Site, Style, VmBuilder, old_qemu},
+    rig::{Bus, Format, Io, Kind, LoadPlan, MIB, Program, Run, Site, Style, VmBuilder, borg, old_qemu},
     sshd::Sshd,
 };
 use std::{
     fs,
     io::{BufRead, BufReader},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Output},
     time::Duration,
 };
 
 /// Segment length where none is configured, of disks as small as those here.
 const SEGMENT: u64 = 512 << 10;
-
-/// The borg to test with: `PVEBACKUP_TEST_BORG`, else that of `PATH`.
-fn borg_program() -> PathBuf {
-    std::env::var_os("PVEBACKUP_TEST_BORG").map_or_else(|| "borg".into(), PathBuf::from)
-}
-
-pub fn possible() -> bool {
-    if !PathBuf::from("/dev/fuse").exists() {
-        eprintln!("skipped: there is no /dev/fuse");
-        return false;
-    }
-    if let Err(error) = Command::new(borg_program()).arg("--version").output() {
-        eprintln!("skipped: {} cannot be started: {error}", borg_program().display());
-        return false;
-    }
-    true
-}
 
 /// A target in `dir`, with these lines more.
 fn target(dir: &Path, more: &str) -> String {
@@ -41,7 +24,7 @@ fn target_at(repository: &str, more: &str) -> String {
     format!(
         "[defaults]\ntarget = 'attic'\n[target.attic]\nprovider = 'borg'\nrepository = '{repository}'\nprogram = '{}'\n\
          lock-wait = '1s'\ncompression = 'zstd,1'\n{more}\n",
-        borg_program().display()
+        borg::program().display()
     )
 }
 
@@ -51,7 +34,7 @@ fn site(kind: Kind) -> Option<Site> {
         eprintln!("skipped: Proxmox VE's QEMU with backup access is 9.2 or newer");
         return None;
     }
-    if !possible() {
+    if !borg::possible() {
         return None;
     }
     let style = if kind == Kind::Proxmox { Style::Proxmox } else { Style::Blockdev };
@@ -170,7 +153,7 @@ fn history(kind: Kind, rounds: u64) {
 }
 
 fn borg(site: &Site, arguments: &[&str]) {
-    let output = Command::new(borg_program())
+    let output = Command::new(borg::program())
         .args(arguments)
         .env("BORG_BASE_DIR", site.program.dir().join("user"))
         .env("BORG_PASSPHRASE", "correct horse")
@@ -223,7 +206,7 @@ fn what_stands_in_the_way_of_borg_is_told() {
     site.vm.write("scsi0", 0, MIB, 0x11);
     site.backup(&[]).ok();
 
-    let mut holder = Command::new(borg_program())
+    let mut holder = Command::new(borg::program())
         .args(["with-lock", &dir.join("attic").display().to_string(), "sleep", "6"])
         .env("BORG_BASE_DIR", dir.join("user"))
         .env("BORG_PASSPHRASE", "correct horse")
@@ -311,7 +294,7 @@ fn without_fuse(site: &Site) -> Option<Run> {
 
 #[test]
 fn what_is_wrong_with_a_borg_target_is_told_before_anything_is_done() {
-    if !possible() {
+    if !borg::possible() {
         return;
     }
     let program = Program::new();
@@ -330,7 +313,7 @@ fn what_is_wrong_with_a_borg_target_is_told_before_anything_is_done() {
     refused("encryption = 'none'\nupload-ratelimit = 0", 2, "upload-ratelimit");
 
     let lines = target(&dir, "encryption = 'none'");
-    let ours = format!("program = '{}'", borg_program().display());
+    let ours = format!("program = '{}'", borg::program().display());
     let with = |borg: &str| lines.replace(&ours, &format!("program = '{borg}'"));
     let refused = |borg: &str, words: &str| {
         program.configure(&with(borg));
@@ -350,7 +333,7 @@ fn what_is_wrong_with_a_borg_target_is_told_before_anything_is_done() {
 
 #[test]
 fn a_passphrase_comes_by_descriptor_or_by_credential() {
-    if !possible() {
+    if !borg::possible() {
         return;
     }
     let program = Program::new();

@@ -1,8 +1,7 @@
 //! Where room ends: huge disks, and fleecing images that fill up.
 
-use crate::rig::{Bus, Format, Image, Io, Kind, LoadPlan, MIB, Site, Style, VmBuilder};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use std::{os::unix::fs::MetadataExt, path::PathBuf};
+use crate::rig::{Bus, Format, Image, Io, Kind, LoadPlan, MIB, Site, SmallFs, Style, VmBuilder};
+use std::os::unix::fs::MetadataExt;
 
 const TIB: u64 = 1 << 40;
 
@@ -32,28 +31,6 @@ fn a_disk_of_10_tib_that_is_nearly_empty_is_backed_up_and_restored() {
     site.assert_nothing_left();
 }
 
-/// A small file system, unmounted when it goes out of scope.
-struct Small(PathBuf);
-
-impl Small {
-    fn or_skip(path: PathBuf, size: &str) -> Option<Self> {
-        std::fs::create_dir(&path).unwrap();
-        match mount(Some("tmpfs"), &path, Some("tmpfs"), MsFlags::empty(), Some(size)) {
-            Ok(()) => Some(Self(path)),
-            Err(error) => {
-                eprintln!("skipped: no tmpfs can be mounted here ({error})");
-                None
-            }
-        }
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
-    }
-}
-
 /// The guest overwrites more than the fleecing images have room for: the backup breaks, the guest does not notice.
 fn fleecing_fills_up(kind: Kind) {
     let style = if kind == Kind::Proxmox { Style::Proxmox } else { Style::Blockdev };
@@ -62,8 +39,8 @@ fn fleecing_fills_up(kind: Kind) {
     site.vm.write("scsi0", 0, 400 * MIB, 0x31);
     site.backup(&[]).ok();
     site.vm.write("scsi0", 0, 400 * MIB, 0x32);
-    let Some(small) = Small::or_skip(site.program.dir().join("small"), "size=280m") else { return };
-    let fleecing = format!("dir={}", small.0.display());
+    let Some(small) = SmallFs::or_skip(site.program.dir().join("small"), 280) else { return };
+    let fleecing = format!("dir={}", small.path().display());
     // Slow enough to be overtaken by the guest, which writes from the far end.
     let child = site.start_backup(&["--fleecing", &fleecing, "--bwlimit", "4MiB"]);
     while site.vm.qmp("query-block-exports", serde_json::json!({})).as_array().is_none_or(Vec::is_empty) {

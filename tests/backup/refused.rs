@@ -1,6 +1,6 @@
 //! Bad input and what stands in the way: a clear error, its exit code, and nothing changed.
 
-use crate::rig::{Bus, Format, Io, Kind, MIB, Program, Site, Style, VmBuilder};
+use crate::rig::{Bus, Format, Io, Kind, MIB, Program, Site, SmallFs, Style, VmBuilder};
 use serde_json::json;
 
 fn site(kind: Kind) -> Site {
@@ -85,17 +85,8 @@ fn a_busy_qmp_socket_is_waited_for_and_told() {
 #[test]
 fn no_space_for_fleecing_is_noticed_before_anything_is_touched() {
     let site = site(Kind::Stock);
-    let small = site.program.dir().join("small");
-    std::fs::create_dir(&small).unwrap();
-    let mounted =
-        nix::mount::mount(Some("tmpfs"), &small, Some("tmpfs"), nix::mount::MsFlags::empty(), Some("size=64k"));
-    if let Err(error) = mounted {
-        eprintln!("skipped: no tmpfs can be mounted here ({error})");
-        return;
-    }
-    let run = site.backup(&["--fleecing", &format!("dir={}", small.display())]);
-    nix::mount::umount2(&small, nix::mount::MntFlags::MNT_DETACH).unwrap();
-    let run = run.code(23);
+    let Some(small) = SmallFs::or_skip(site.program.dir().join("small"), 1) else { return };
+    let run = site.backup(&["--fleecing", &format!("dir={}", small.path().display())]).code(23);
     assert!(run.stderr.contains("fleecing"), "{}", run.stderr);
     site.assert_nothing_left();
 }

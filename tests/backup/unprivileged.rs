@@ -57,7 +57,7 @@ fn a_user_backs_up_into_borg_and_clears_up_after_a_run_that_was_killed() {
         println!("skipped: there is no fusermount3 that is set-uid root");
         return;
     }
-    if !crate::borg::possible() {
+    if !crate::rig::borg::possible() {
         return;
     }
     as_nobody("borg::a_run_that_is_killed_leaves_no_archive_in_borg");

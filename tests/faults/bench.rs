@@ -1,14 +1,14 @@
 //! A guest, a target, and what is the same in every case.
 
 use crate::rig::{
-    Bus, Format, Io, Kind, LoadPlan, LoadReport, MIB, Run, Site, SmallFs, Style, Tally, Verdict, VmBuilder, old_qemu,
-    processes_about,
+    Bus, Format, Io, Kind, LoadPlan, LoadReport, MIB, Run, Site, SmallFs, Style, Tally, Verdict, VmBuilder, borg,
+    old_qemu, processes_about,
 };
 use std::{
     env, fs,
     ops::RangeInclusive,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::Child,
     time::{Duration, Instant},
 };
@@ -90,11 +90,8 @@ impl Bench {
             println!("skipped: Proxmox VE's QEMU with backup access is 9.2 or newer");
             return None;
         }
-        for needed in ["/usr/bin/borg", "/dev/fuse"].iter().filter(|_| provider == "borg") {
-            if !Path::new(needed).exists() {
-                println!("skipped: there is no {needed}");
-                return None;
-            }
+        if provider == "borg" && !borg::possible() {
+            return None;
         }
         let mut site = Site::new(kind, machine(kind));
         let dir = site.program.dir().to_owned();

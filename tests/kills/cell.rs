@@ -1,7 +1,7 @@
 //! One provider on one kind of access: a guest under load, its archives, and the checks after a run was killed.
 
 use crate::rig::{
-    BlockState, Bus, Format, Io, Kind, Load, LoadPlan, MIB, Run, Site, Style, Verdict, VmBuilder, old_qemu,
+    BlockState, Bus, Format, Io, Kind, Load, LoadPlan, MIB, Run, Site, Style, Verdict, VmBuilder, borg, old_qemu,
 };
 use serde_json::Value;
 use std::{
@@ -65,14 +65,7 @@ pub fn possible(provider: Provider, kind: Kind) -> bool {
         eprintln!("skipped: Proxmox VE's QEMU with backup access is 9.2 or newer");
         return false;
     }
-    let needed: &[&str] = if provider == Provider::Borg { &["/usr/bin/borg", "/dev/fuse"] } else { &[] };
-    for needed in needed {
-        if !Path::new(needed).exists() {
-            eprintln!("skipped: there is no {needed}");
-            return false;
-        }
-    }
-    true
+    provider != Provider::Borg || borg::possible()
 }
 
 impl Cell {

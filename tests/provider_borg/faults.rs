@@ -1,11 +1,11 @@
 //! What goes wrong while borg works, and what stands in its way.
 
-use crate::fixture::*;
+use crate::{fixture::*, small_fs::SmallFs};
 use pvebackup::provider::{
     ErrorKind, Provider,
     borg::{BorgProvider, Passphrase},
 };
-use std::{fs, path::Path, process::Command, sync::atomic::Ordering, time::Duration};
+use std::{fs, process::Command, sync::atomic::Ordering, time::Duration};
 use tokio_util::sync::CancellationToken;
 
 #[test]
@@ -106,47 +106,22 @@ fn a_borg_that_is_killed_leaves_no_archive() {
     f.assert_nothing_stored(2);
 }
 
-/// A file system that is too small, as long as it is there.
-struct Small(std::path::PathBuf);
-
-impl Small {
-    fn mount(path: &Path, options: &str) -> Option<Self> {
-        fs::create_dir_all(path).unwrap();
-        let made = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(path).output();
-        let made = made.is_ok_and(|output| output.status.success());
-        made.then(|| Self(path.to_owned()))
-    }
-
-    fn grow(&self, options: &str) {
-        let done = Command::new("mount").args(["-o", &format!("remount,{options}")]).arg(&self.0).status().unwrap();
-        assert!(done.success());
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn a_full_repository_is_told_and_works_again_when_there_is_space() {
     if !possible() {
         return;
     }
+    let room = tempfile::tempdir().unwrap();
+    let Some(small) = SmallFs::or_skip(room.path().join("small"), 20) else { return };
     let dir = tempfile::tempdir().unwrap();
-    let Some(small) = Small::mount(&dir.path().join("small"), "size=20m") else {
-        eprintln!("skipped: no file system can be mounted");
-        return;
-    };
     let mut options = options(dir.path());
-    options.repository = small.0.join("repository").display().to_string();
+    options.repository = small.path().join("repository").display().to_string();
     let mut f = Fixture::with(dir, options);
     let content: Content = (0..600).map(|i| (i, segment_bytes(1, i))).collect();
     let error = f.backup(vec![Disk::full("scsi0", &content)]).unwrap_err();
     assert_eq!(error.kind, ErrorKind::NoSpace, "{error}");
     assert!(f.stored.load(Ordering::Relaxed) < 600, "it ended before everything was read");
-    small.grow("size=200m");
+    SmallFs::resize_at(small.path(), 200);
     let good = f.backup(vec![Disk::full("scsi0", &content)]).unwrap();
     assert!(f.restored(&good.id, "scsi0") == content);
     assert_eq!(f.provider.list(None).unwrap().len(), 1);

@@ -1,5 +1,6 @@
 //! Repositories in temporary directories, and disks to put into them.
 
+pub use crate::borg::{possible, program};
 use bytes::Bytes;
 use jiff::{Timestamp, ToSpan};
 use pvebackup::{
@@ -87,29 +88,12 @@ pub fn options(dir: &Path) -> BorgOptions {
     options
 }
 
-/// The borg to test with: `PVEBACKUP_TEST_BORG`, else that of `PATH`.
-pub fn program() -> PathBuf {
-    std::env::var_os("PVEBACKUP_TEST_BORG").map_or_else(|| "borg".into(), PathBuf::from)
-}
-
 /// `PATH` with that borg in front.
 pub fn path_with_borg() -> OsString {
     let mut path = program().parent().unwrap_or(Path::new("")).as_os_str().to_owned();
     path.push(":");
     path.push(std::env::var_os("PATH").unwrap_or_default());
     path
-}
-
-pub fn possible() -> bool {
-    if !Path::new("/dev/fuse").exists() {
-        eprintln!("skipped: there is no /dev/fuse");
-        return false;
-    }
-    if let Err(error) = Command::new(program()).arg("--version").output() {
-        eprintln!("skipped: {} cannot be started: {error}", program().display());
-        return false;
-    }
-    true
 }
 
 /// Every process that has `directory` in its environment: id, arguments, environment.

@@ -1,10 +1,15 @@
 //! The borg provider with a real borg, on local repositories and on one behind a real SSH server.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../rig/borg.rs"]
+mod borg;
 mod faults;
 mod fixture;
 mod lost;
 mod secrets;
+#[path = "../rig/small_fs.rs"]
+#[allow(dead_code, reason = "others make it read-only")]
+mod small_fs;
 mod ssh;
 #[path = "../sshd/mod.rs"]
 mod sshd;

@@ -5,6 +5,9 @@ mod durable;
 mod fixture;
 mod hostile;
 mod retention;
+#[path = "../rig/small_fs.rs"]
+#[allow(dead_code, reason = "others make it read-only or larger")]
+mod small_fs;
 
 use fixture::*;
 use jiff::{Timestamp, ToSpan};
@@ -16,11 +19,12 @@ use pvebackup::{
     },
     segment::{Segment, SegmentData, SegmentLen},
 };
+use small_fs::SmallFs;
 use std::{
     collections::BTreeMap,
     fs,
     os::unix::fs::{FileExt, PermissionsExt},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::Command,
     sync::{
         Arc,
@@ -459,28 +463,11 @@ fn a_killed_run_leaves_no_archive_and_nothing_after_the_next() {
     f.assert_nothing_stored(0);
 }
 
-struct Unmount(PathBuf);
-
-impl Drop for Unmount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).output();
-    }
-}
-
-fn mount_small(target: &Path) -> Option<Unmount> {
-    fs::create_dir(target).unwrap();
-    let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=24m", "none"]).arg(target).output();
-    mount.is_ok_and(|m| m.status.success()).then(|| Unmount(target.to_owned()))
-}
-
 #[test]
 fn a_full_target_is_told_as_such_and_leaves_no_archive() {
     let dir = tempfile::tempdir().unwrap();
-    let target = dir.path().join("small");
-    let Some(_unmount) = mount_small(&target) else {
-        eprintln!("skipped: a small file system cannot be mounted here");
-        return;
-    };
+    let Some(room) = SmallFs::or_skip(dir.path().join("small"), 24) else { return };
+    let target = room.path().to_owned();
     let provider = DirectoryProvider::init(&DirectoryOptions::new(&target)).unwrap();
     let mut f = Fixture::with(None, target, provider);
     let small: Content = (0..30).map(|i| (i, segment_bytes(1, i))).collect();

@@ -5,6 +5,9 @@
 
 mod fixture;
 mod official;
+#[path = "../rig/small_fs.rs"]
+#[allow(dead_code, reason = "others make it read-only or larger")]
+mod small_fs;
 mod ssh;
 #[path = "../sshd/mod.rs"]
 mod sshd;
@@ -19,6 +22,7 @@ use pvebackup::{
     },
     segment::{Segment, SegmentData, SegmentLen},
 };
+use small_fs::SmallFs;
 use std::{
     collections::BTreeMap,
     fs,
@@ -316,27 +320,12 @@ fn no_snapshot_exists_while_the_backup_runs() {
     assert_eq!(f.snapshots(), 1);
 }
 
-struct Unmount(PathBuf);
-
-impl Drop for Unmount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).output();
-    }
-}
-
 #[test]
 fn a_full_target_is_told_as_such_and_leaves_no_archive() {
     let dir = tempfile::tempdir().unwrap();
-    let target = dir.path().join("small");
-    fs::create_dir(&target).unwrap();
-    let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=24m", "none"]).arg(&target).output();
-    if !mount.is_ok_and(|m| m.status.success()) {
-        eprintln!("skipped: a small file system cannot be mounted here");
-        return;
-    }
-    let _unmount = Unmount(target.clone());
+    let Some(small) = SmallFs::or_skip(dir.path().join("small"), 24) else { return };
     let mut f = Fixture::new();
-    f.provider = ResticProvider::init(&options(&target)).unwrap();
+    f.provider = ResticProvider::init(&options(small.path())).unwrap();
     let content: Content = (0..700).map(|i| (i, segment_bytes(1, i))).collect();
     let error = f.backup(vec![Disk::full("scsi0", &content)]).unwrap_err();
     assert_eq!(error.kind, ErrorKind::NoSpace, "{error:?}");

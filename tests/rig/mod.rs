@@ -19,6 +19,7 @@
 #![allow(dead_code, unused_imports, reason = "every integration test uses a part of the rig")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a rig that cannot go on fails the test")]
 
+pub mod borg;
 mod disk;
 mod image;
 mod interposer;
