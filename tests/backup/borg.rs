@@ -4,6 +4,7 @@ use crate::{
     rig::{Bus, Format, Io, Kind, LoadPlan, MIB, Program, Run, Site, Style, VmBuilder, borg, old_qemu},
     sshd::Sshd,
 };
+use serde_json::json;
 use std::{
     fs,
     io::{BufRead, BufReader},
@@ -135,7 +136,10 @@ fn history(kind: Kind, rounds: u64) {
     let name = program.run(&["info", "latest", "--guest", site.guest(), "--json"]).ok().stdout;
     let name: serde_json::Value = serde_json::from_str(name.lines().next().unwrap()).unwrap();
     let name = name["manifest"]["archive"].as_str().unwrap();
-    borg(&site, &["delete", &format!("{}::{name}", program.dir().join("attic").display())]);
+    let archive = format!("{}::{name}", program.dir().join("attic").display());
+    let info: serde_json::Value = serde_json::from_slice(&borg(&site, &["info", "--json", &archive])).unwrap();
+    assert_eq!(info["archives"][0]["chunker_params"], json!(["fixed", SEGMENT / 2, 0]));
+    borg(&site, &["delete", &archive]);
     let run = site.backup(&[]).ok();
     assert!(run.plan("scsi0").1.contains("not in the repository"), "{}", run.plan("scsi0").1);
     site.assert_restores_now(&disks);
@@ -152,7 +156,7 @@ fn history(kind: Kind, rounds: u64) {
     }
 }
 
-fn borg(site: &Site, arguments: &[&str]) {
+fn borg(site: &Site, arguments: &[&str]) -> Vec<u8> {
     let output = Command::new(borg::program())
         .args(arguments)
         .env("BORG_BASE_DIR", site.program.dir().join("user"))
@@ -160,6 +164,7 @@ fn borg(site: &Site, arguments: &[&str]) {
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
 }
 
 #[test]

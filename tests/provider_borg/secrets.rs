@@ -105,7 +105,8 @@ fn a_repository_can_be_authenticated_only() {
     let mut options = options(dir.path());
     options.encryption = "authenticated-blake2".into();
     options.compression = Some("auto,zstd,3".into());
-    options.extra_arguments = ["--comment", "by pvebackup", "--umask=0077"].map(str::to_owned).into();
+    options.extra_arguments =
+        ["--comment", "by pvebackup", "--umask=0077", "--chunker-params", "fixed,65536"].map(str::to_owned).into();
     let mut f = Fixture::with(dir, options.clone());
     let text = fs::read_to_string(f.repository().join("config")).unwrap();
     assert!(text.contains("key = "), "its key is in the repository: {text}");
@@ -120,6 +121,7 @@ fn a_repository_can_be_authenticated_only() {
     let info = f.borg(&["info", "--json", &format!("{}::{}", f.repository().display(), f.names()[0])]);
     let info: serde_json::Value = serde_json::from_slice(&info.stdout).unwrap();
     assert_eq!(info["archives"][0]["comment"], "by pvebackup");
+    assert_eq!(info["archives"][0]["chunker_params"][1], 65536);
 }
 
 #[test]

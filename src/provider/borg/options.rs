@@ -1,13 +1,15 @@
 //! Where a repository is, and how to use it.
 
-use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::HashSet, fmt, iter, path::PathBuf, sync::Arc, time::Duration};
 
 /// borg's encryption modes.
 const ENCRYPTION: [&str; 7] =
     ["none", "authenticated", "authenticated-blake2", "repokey", "repokey-blake2", "keyfile", "keyfile-blake2"];
 /// Arguments of `borg create` that may be added, each with a value. Whatever changes which files borg reads, how it recognizes
 /// them, or what it prints, is ours.
-const EXTRA: [&str; 4] = ["--comment", "--chunker-params", "--upload-buffer", "--umask"];
+const EXTRA: [&str; 4] = ["--comment", CHUNKER_PARAMS, "--upload-buffer", "--umask"];
+/// How borg cuts files into chunks. borg takes it only once.
+pub(super) const CHUNKER_PARAMS: &str = "--chunker-params";
 
 /// Where the repository's passphrase comes from. It is in no argument and no environment of borg's.
 #[derive(Clone, PartialEq, Eq)]
@@ -109,20 +111,41 @@ impl BorgOptions {
         if self.upload_ratelimit == Some(0) {
             return Err(("upload-ratelimit", "0 would be no limit; leave it out".into()));
         }
-        let mut words = self.extra_arguments.iter();
-        while let Some(word) = words.next() {
-            let (name, value) = word.split_once('=').map_or((word.as_str(), None), |(name, value)| (name, Some(value)));
+        let mut seen = HashSet::new();
+        for (name, value) in self.extra() {
+            let wrong = |what: String| Err(("extra-arguments", format!("`{name}` {what}")));
             if !EXTRA.contains(&name) {
-                return Err((
-                    "extra-arguments",
-                    format!("`{name}` is none of {}: others change what borg reads or prints", EXTRA.join(", ")),
-                ));
+                return wrong(format!("is none of {}: others change what borg reads or prints", EXTRA.join(", ")));
             }
-            if value.is_none() && words.next().is_none() {
-                return Err(("extra-arguments", format!("`{name}` needs a value")));
+            let Some(value) = value else { return wrong("needs a value".into()) };
+            if !seen.insert(name) {
+                return wrong("is there twice".into());
+            }
+            let fits = match name {
+                CHUNKER_PARAMS => is_chunker(value),
+                "--umask" => u32::from_str_radix(value, 8).is_ok(),
+                "--upload-buffer" => value.parse::<u32>().is_ok(),
+                _ => true,
+            };
+            if !fits {
+                return wrong(format!("cannot be `{value}`"));
             }
         }
         Ok(())
+    }
+
+    /// The extra arguments: names, and values if there are any.
+    pub(super) fn extra(&self) -> impl Iterator<Item = (&str, Option<&str>)> {
+        let mut words = self.extra_arguments.iter().map(String::as_str);
+        iter::from_fn(move || {
+            let word = words.next()?;
+            Some(word.split_once('=').map_or_else(|| (word, words.next()), |(name, value)| (name, Some(value))))
+        })
+    }
+
+    /// How borg cuts the segments' files, if the user has said that.
+    pub(super) fn chunker_params(&self) -> Option<&str> {
+        self.extra().find(|(name, _)| *name == CHUNKER_PARAMS)?.1
     }
 
     /// The passphrase that borg is to find on its standard input.
@@ -194,6 +217,24 @@ fn is_compression(text: &str) -> bool {
     }
 }
 
+/// As borg's `ChunkerParams` takes it without a warning.
+fn is_chunker(text: &str) -> bool {
+    /// borg's `MAX_DATA_SIZE`.
+    const LONGEST: u64 = 20_971_479;
+    let (name, rest) = text.split_once(',').unwrap_or((text, ""));
+    let numbers = |text: &str| text.split(',').map(str::parse).collect::<Result<Vec<u64>, _>>().unwrap_or_default();
+    let buzhash = |numbers: Vec<u64>| match numbers[..] {
+        [min, max, mask, _window] => min >= 6 && (min..=max).contains(&mask) && max <= 23,
+        _ => false,
+    };
+    match name {
+        "default" => rest.is_empty(),
+        "fixed" => matches!(numbers(rest)[..], [64..=LONGEST] | [64..=LONGEST, 0..=LONGEST]),
+        "buzhash" => buzhash(numbers(rest)),
+        _ => buzhash(numbers(text)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,7 +276,7 @@ mod tests {
             options.extra_arguments = words.iter().map(ToString::to_string).collect();
             options.check()
         };
-        assert_eq!(check(&["--comment", "--dry-run", "--umask=0077"]), Ok(()));
+        assert_eq!(check(&["--comment", "--dry-run", "--umask=0077", "--chunker-params", "fixed,131072"]), Ok(()));
         for bad in [
             "--files-cache=ctime,size",
             "--dry-run",
@@ -259,5 +300,29 @@ mod tests {
             assert!(why.contains(bad.split('=').next().expect("name")), "{why}");
         }
         assert!(check(&["--comment"]).expect_err("no value").1.contains("needs a value"));
+        assert!(check(&["--umask=0077", "--umask", "0027"]).expect_err("twice").1.contains("twice"));
+        for bad in ["--umask=u=rw", "--umask=9", "--upload-buffer=1G", "--chunker-params=fixed"] {
+            assert!(check(&[bad]).expect_err(bad).1.contains("cannot be"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ways_to_cut_chunks_are_those_of_borg() {
+        for good in ["default", "fixed,64", "fixed,131072,4096", "19,23,21,4095", "buzhash,10,23,16,4095"] {
+            assert!(is_chunker(good), "{good}");
+        }
+        for bad in [
+            "",
+            "fixed",
+            "fixed,63",
+            "fixed,20971480",
+            "fixed,4096,1,2",
+            "19,23,21",
+            "19,24,21,4095",
+            "buzhash,5,23,21,1",
+            "22,23,21,1",
+        ] {
+            assert!(!is_chunker(bad), "{bad}");
+        }
     }
 }

@@ -3,6 +3,7 @@
 use super::{
     BorgOptions, BorgProvider, INCOMPLETE,
     command::{Call, MAX_OUTPUT},
+    options::CHUNKER_PARAMS,
     outcome::{Finished, Message},
     progress::Progress,
 };
@@ -172,6 +173,10 @@ impl BorgProvider {
         for disk in input.disks {
             plans.push(plan(disk, instant)?);
         }
+        // A small write changes half a segment then. Shorter chunks would cost every backup more: borg has all of the repository's
+        // in memory, and one length counts for all disks.
+        let longest = plans.iter().map(|plan| plan.segment_len.bytes()).max().unwrap_or(SegmentLen::MAX);
+        let chunk_len = (longest / 2).max(SegmentLen::MIN);
         let mut paths: Vec<String> = input.members.iter().map(|member| member.0.clone()).collect();
         paths.extend(["disks".into(), MANIFEST.into()]);
         let view = SegmentView::new(input.members, plans, input.manifest, instant);
@@ -182,7 +187,7 @@ impl BorgProvider {
         let progress = Progress::new(options.progress_pause, paths.clone());
         let call = Call {
             verb: "create",
-            options: self.create_options(),
+            options: self.create_options(chunk_len),
             archive: Some(name),
             arguments: paths.clone(),
             directory: Some(mount.path()),
@@ -242,7 +247,8 @@ impl BorgProvider {
         Ok((tables, stats.deduplicated_size))
     }
 
-    fn create_options(&self) -> Vec<String> {
+    /// `chunk_len` is in bytes, and counts where the user has not said how chunks are cut.
+    fn create_options(&self, chunk_len: u64) -> Vec<String> {
         let options = self.borg.options();
         let mut how: Vec<String> = [
             "--json",
@@ -254,19 +260,19 @@ impl BorgProvider {
             "--noxattrs",
             "--checkpoint-interval",
             "0",
-            // A segment is one chunk.
-            "--chunker-params",
         ]
         .map(str::to_owned)
         .into();
-        how.push(format!("fixed,{}", SegmentLen::MAX));
+        if options.chunker_params().is_none() {
+            how.extend([CHUNKER_PARAMS.into(), format!("fixed,{chunk_len}")]);
+        }
         if let Some(compression) = &options.compression {
             how.extend(["--compression".into(), compression.clone()]);
         }
         if let Some(rate) = options.upload_ratelimit {
             how.extend(["--upload-ratelimit".into(), rate.to_string()]);
         }
-        how.extend(options.extra_arguments.iter().cloned());
+        how.extend(options.extra().filter_map(|(name, value)| Some(format!("{name}={}", value?))));
         how
     }
 
