@@ -95,7 +95,9 @@ impl Borg {
     /// Starts a command on the repository.
     pub(super) fn start(&self, call: &Call<'_>) -> Result<Running, ProviderError> {
         let mut command = self.command(call.verb);
-        command.args(["--log-json", "--lock-wait", &self.0.lock_wait.as_secs().to_string()]);
+        // borg takes whole seconds; 0 would be not to wait at all.
+        let lock_wait = self.0.lock_wait.as_millis().div_ceil(1000);
+        command.args(["--log-json", "--lock-wait", &lock_wait.to_string()]);
         if call.progress.is_some() {
             command.arg("--progress");
         }
