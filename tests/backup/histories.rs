@@ -4,7 +4,7 @@
 //! `PVEBACKUP_FAULTS_SEED`, which is printed, repeats one. Ten times as long, on larger disks:
 //! `PVEBACKUP_FAULTS=long cargo nextest run --profile faults --test backup histories`.
 
-use crate::rig::{Bus, Format, GIB, Io, Kind, LoadPlan, MIB, Random, Run, Site, Style, VmBuilder, old_qemu};
+use crate::rig::{Bus, Format, GIB, Io, Kind, LoadPlan, MIB, Random, Run, Site, Style, VmBuilder, borg, old_qemu};
 use serde_json::Value;
 use std::{
     fs::{self, File},
@@ -61,12 +61,7 @@ fn missing(kind: Kind, target: Target) -> bool {
         eprintln!("skipped: Proxmox VE's QEMU with backup access is 9.2 or newer");
         return true;
     }
-    let needed: &[&str] = if target == Target::Borg { &["/usr/bin/borg", "/dev/fuse"] } else { &[] };
-    let absent = needed.iter().find(|path| !Path::new(path).exists());
-    if let Some(path) = absent {
-        eprintln!("skipped: there is no {path}");
-    }
-    absent.is_some()
+    target == Target::Borg && !borg::possible()
 }
 
 fn history(kind: Kind, target: Target) {
