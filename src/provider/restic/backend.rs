@@ -10,13 +10,24 @@
 
 use super::{error::Secrets, source::Progress};
 use crate::provider::ErrorKind;
+use nix::{
+    sys::{
+        prctl::set_child_subreaper,
+        signal::{Signal, kill},
+    },
+    unistd::Pid,
+};
 use rustic_core::{
     BytesList, ErrorKind as RusticKind, FileType, Id, ReadBackend, RusticError, RusticResult, WriteBackend,
 };
 use std::{
-    fs::File,
+    fs::{self, File},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -82,20 +93,61 @@ impl GuardedBackend {
 /// exit`; a process that ends before leaves `ssh` running for good. To be dropped after everything that uses the backend.
 pub(super) struct Farewell(Weak<GuardedBackend>);
 
+/// How many of them there are.
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+
 impl Farewell {
+    /// How long the connections may take to end by themselves.
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    /// To be called before there is a connection.
     pub(super) fn new(backend: &Arc<GuardedBackend>) -> Self {
+        // `ssh` goes into the background, and so its parent would be another process.
+        if let Err(error) = set_child_subreaper(true) {
+            tracing::debug!("ssh will not be waited for: {error}");
+        }
+        LIVE.fetch_add(1, Ordering::SeqCst);
         Self(Arc::downgrade(backend))
+    }
+
+    /// Our `ssh` processes that have not ended.
+    fn connections() -> Vec<Pid> {
+        let ours = std::process::id().to_string();
+        let is_one = |pid: &i32| {
+            // "PID (NAME) STATE PPID …"; a name may hold anything.
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let mut fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
+            let (state, parent) = (fields.next(), fields.next());
+            state != Some("Z")
+                && parent == Some(ours.as_str())
+                // Where the library keeps the sockets of its connections.
+                && fs::read(format!("/proc/{pid}/cmdline"))
+                    .is_ok_and(|line| String::from_utf8_lossy(&line).contains("/.ssh-connection"))
+        };
+        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        pids.filter(is_one).map(Pid::from_raw).collect()
     }
 }
 
 impl Drop for Farewell {
     fn drop(&mut self) {
-        // rustic's worker threads may hold on to it a moment longer than we do.
-        let end = Instant::now() + Duration::from_secs(2);
-        while self.0.strong_count() > 0 && Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(5));
+        if LIVE.fetch_sub(1, Ordering::SeqCst) > 1 {
+            // Whose connection is whose cannot be told: the last one sees to all.
+            return;
         }
-        std::thread::sleep(Duration::from_millis(500));
+        // rustic's worker threads may hold on to the backend a moment longer than we do.
+        let released = Instant::now() + Duration::from_secs(2);
+        while self.0.strong_count() > 0 && Instant::now() < released {
+            thread::sleep(Duration::from_millis(5));
+        }
+        let end = Instant::now() + Self::PATIENCE;
+        while !Self::connections().is_empty() && Instant::now() < end {
+            thread::sleep(Duration::from_millis(20));
+        }
+        for pid in Self::connections() {
+            let _ = kill(pid, Signal::SIGTERM);
+        }
     }
 }
 

@@ -24,6 +24,7 @@ struct Place {
     backend: Arc<GuardedBackend>,
     how: RepositoryOptions,
     repository: Repository<()>,
+    farewell: Option<Arc<Farewell>>,
 }
 
 impl Place {
@@ -38,12 +39,13 @@ impl Place {
             |e: Box<RusticError>| wrap(&secrets, ErrorKind::Other, format!("repository {shown} cannot be used"), &e);
         let inner = place.to_backends().map_err(failed)?.repository();
         let backend = Arc::new(GuardedBackend::new(inner, options.local_path().map(Into::into), secrets.clone()));
+        let farewell = options.repository.starts_with("opendal:sftp").then(|| Arc::new(Farewell::new(&backend)));
         let mut how = RepositoryOptions::default();
         how.no_cache = options.cache_dir.is_none() && options.local_path().is_some();
         how.cache_dir.clone_from(&options.cache_dir);
         let shared: Arc<dyn WriteBackend> = Arc::<GuardedBackend>::clone(&backend);
         let repository = Repository::new(&how, &RepositoryBackends::new(shared, None)).map_err(failed)?;
-        Ok(Self { shown, secrets, backend, how, repository })
+        Ok(Self { shown, secrets, backend, how, repository, farewell })
     }
 
     fn exists(&self) -> Result<bool, ProviderError> {
@@ -78,11 +80,12 @@ impl ResticProvider {
             return Err(ProviderError::new(ErrorKind::RepositoryMissing, message));
         }
         let password = options.password.read(MissingFile::Fail)?;
-        let Place { shown, secrets, backend, how, repository } = place;
+        // The first is dropped last.
+        let Place { farewell, shown, secrets, backend, how, repository } = place;
         let repository = repository
             .open(&credentials(&password))
             .map_err(|e| wrap(&secrets, ErrorKind::Damaged, format!("repository {shown} cannot be opened"), &e))?;
-        Ok(Self::with(options, shown, secrets, backend, how, repository))
+        Ok(Self::with(options, shown, secrets, backend, how, repository, farewell))
     }
 
     /// Creates a repository, and a password file if that does not exist; local directories get mode 0700.
@@ -104,7 +107,8 @@ impl ResticProvider {
                 ProviderError::caused_by(ErrorKind::Other, format!("directory {} cannot be created", path.display()), e)
             })?;
         }
-        let Place { shown, secrets, backend, how, repository } = place;
+        // The first is dropped last.
+        let Place { farewell, shown, secrets, backend, how, repository } = place;
         let failed =
             |e: Box<RusticError>| wrap(&secrets, ErrorKind::Other, format!("repository {shown} cannot be created"), &e);
         remove_keys_of_a_broken_init(&shown, backend.as_ref(), options.local_path().is_some()).map_err(
@@ -127,7 +131,7 @@ impl ResticProvider {
         if made_now && let Err(error) = quicken(&backend, &repository, &password) {
             tracing::warn!("{shown} keeps its slow key: {error}");
         }
-        Ok(Self::with(options, shown, secrets, backend, how, repository))
+        Ok(Self::with(options, shown, secrets, backend, how, repository, farewell))
     }
 
     fn with(
@@ -137,8 +141,8 @@ impl ResticProvider {
         backend: Arc<GuardedBackend>,
         how: RepositoryOptions,
         repository: Repository<OpenStatus>,
+        farewell: Option<Arc<Farewell>>,
     ) -> Self {
-        let farewell = options.repository.starts_with("opendal:sftp").then(|| Arc::new(Farewell::new(&backend)));
         Self {
             shown,
             secrets,
