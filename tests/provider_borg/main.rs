@@ -8,7 +8,6 @@ mod fixture;
 mod lost;
 mod secrets;
 #[path = "../rig/small_fs.rs"]
-#[allow(dead_code, reason = "others make it read-only")]
 mod small_fs;
 mod ssh;
 #[path = "../sshd/mod.rs"]

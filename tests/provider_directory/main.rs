@@ -6,7 +6,6 @@ mod fixture;
 mod hostile;
 mod retention;
 #[path = "../rig/small_fs.rs"]
-#[allow(dead_code, reason = "others make it read-only or larger")]
 mod small_fs;
 
 use fixture::*;

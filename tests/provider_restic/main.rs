@@ -6,7 +6,6 @@
 mod fixture;
 mod official;
 #[path = "../rig/small_fs.rs"]
-#[allow(dead_code, reason = "others make it read-only or larger")]
 mod small_fs;
 mod ssh;
 #[path = "../sshd/mod.rs"]

@@ -86,6 +86,7 @@ fn ssh_child() {
     let (port, directory) = place.split_once(' ').unwrap();
     let options = options(port, Path::new(directory));
     assert_eq!(ResticProvider::open(&options).err().unwrap().kind, ErrorKind::RepositoryMissing);
+    assert_eq!(connections(Path::new(directory)), 0, "an error leaves none");
     let mut f = Fixture::new();
     f.provider = ResticProvider::init(&options).unwrap();
     f.provider.job_init(f.clock).unwrap();

@@ -1,4 +1,5 @@
 //! File systems that fill up, and that can be made read-only.
+#![allow(dead_code, reason = "every integration test uses a part of it")]
 
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},

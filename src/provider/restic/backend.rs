@@ -17,11 +17,12 @@ use nix::{
     },
     unistd::Pid,
 };
+use procfs::process::{Process, all_processes};
 use rustic_core::{
     BytesList, ErrorKind as RusticKind, FileType, Id, ReadBackend, RusticError, RusticResult, WriteBackend,
 };
 use std::{
-    fs::{self, File},
+    fs::File,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError, Weak,
@@ -112,21 +113,14 @@ impl Farewell {
 
     /// Our `ssh` processes that have not ended.
     fn connections() -> Vec<Pid> {
-        let ours = std::process::id().to_string();
-        let is_one = |pid: &i32| {
-            // "PID (NAME) STATE PPID …"; a name may hold anything.
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            let mut fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
-            let (state, parent) = (fields.next(), fields.next());
-            state != Some("Z")
-                && parent == Some(ours.as_str())
+        let ours = std::process::id() as i32;
+        let is_one = |process: &Process| {
+            process.stat().is_ok_and(|stat| stat.ppid == ours && stat.state != 'Z')
                 // Where the library keeps the sockets of its connections.
-                && fs::read(format!("/proc/{pid}/cmdline"))
-                    .is_ok_and(|line| String::from_utf8_lossy(&line).contains("/.ssh-connection"))
+                && process.cmdline().is_ok_and(|line| line.iter().any(|word| word.contains("/.ssh-connection")))
         };
-        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        pids.filter(is_one).map(Pid::from_raw).collect()
+        let all = all_processes().into_iter().flatten().flatten();
+        all.filter(is_one).map(|process| Pid::from_raw(process.pid)).collect()
     }
 }
 
