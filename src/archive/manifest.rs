@@ -6,8 +6,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// Version of the format that this program writes, and the only one that it reads.
+/// Version of the format where no disk has fine segments, and where one has: who does not know those must not take the disk
+/// without them.
 const VERSION: u32 = 1;
+const VERSION_WITH_FINE: u32 = 2;
 /// No guest has more disks; QEMU's own limits are far below.
 const MAX_DISKS: usize = 256;
 /// 8 EiB less one byte: what fits a signed file offset.
@@ -16,7 +18,7 @@ const MAX_SIZE: u64 = i64::MAX as u64;
 /// The manifest of an archive.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// Format version, 1.
+    /// Format version, 1 or 2.
     pub version: u32,
     /// Version of the program that wrote it.
     pub program: String,
@@ -71,10 +73,13 @@ pub struct DiskEntry {
     pub size: u64,
     /// Segment length in bytes.
     pub segment_len: u64,
-    /// Bytes of segments that are stored (the rest is zero).
+    /// Bytes of segments of which anything is stored (the rest is zero).
     pub data_bytes: u64,
     /// Hex BLAKE3 of the segment table, see [`crate::segment::SegmentTable::digest`].
     pub digest: String,
+    /// The fine segments that lie over them, if there are any, see [`crate::segment::layers`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fine: Option<FineEntry>,
     /// What was done with the dirty bitmap: `new`, `used`, `missing-recreated`, `not-used`.
     pub bitmap_action: String,
     /// Why the disk was read in full or incrementally.
@@ -85,6 +90,15 @@ pub struct DiskEntry {
     /// Bytes that were read from the export.
     #[serde(default)]
     pub read_bytes: u64,
+}
+
+/// The fine segments of a disk in an archive.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FineEntry {
+    /// How many are stored.
+    pub segments: u64,
+    /// Hex BLAKE3 of their table, as [`DiskEntry::digest`].
+    pub digest: String,
 }
 
 /// A disk of the guest that is not in the archive.
@@ -103,7 +117,7 @@ pub enum ManifestError {
     #[error("manifest cannot be read")]
     Json(#[from] serde_json::Error),
     /// A newer format.
-    #[error("manifest has version {0}, this program reads version {VERSION}")]
+    #[error("manifest has version {0}, this program reads versions up to {VERSION_WITH_FINE}")]
     Version(u32),
     /// A value that no backup of ours would have.
     #[error("manifest is not plausible: {0}")]
@@ -129,8 +143,15 @@ fn is_plain_name(name: &str) -> bool {
 }
 
 impl Manifest {
-    /// Number of the format that is written.
+    /// Number of the format where no disk has fine segments.
     pub const VERSION: u32 = VERSION;
+
+    /// The manifest with these disks, and the number of the format that they need.
+    #[must_use]
+    pub fn with_disks(self, disks: Vec<DiskEntry>) -> Self {
+        let fine = disks.iter().any(|disk| disk.fine.is_some());
+        Self { version: if fine { VERSION_WITH_FINE } else { VERSION }, disks, ..self }
+    }
 
     /// As stored in archives.
     ///
@@ -152,7 +173,7 @@ impl Manifest {
             version: u32,
         }
         let Version { version } = serde_json::from_slice(bytes)?;
-        if version != VERSION {
+        if !(VERSION..=VERSION_WITH_FINE).contains(&version) {
             return Err(ManifestError::Version(version));
         }
         let manifest: Self = serde_json::from_slice(bytes)?;
@@ -173,6 +194,9 @@ impl Manifest {
             }
             if disk.data_bytes > disk.size {
                 return implausible(format!("disk `{}` has more data than bytes", disk.name));
+            }
+            if disk.fine.is_some() && version < VERSION_WITH_FINE {
+                return implausible(format!("fine segments of disk `{}` in version {version}", disk.name));
             }
             disk.segments()?;
         }
@@ -206,6 +230,7 @@ mod tests {
                 segment_len: 1 << 20,
                 data_bytes: 1 << 20,
                 digest: "00".into(),
+                fine: None,
                 bitmap_action: "new".into(),
                 reason: "first backup".into(),
                 generation: None,
@@ -231,12 +256,17 @@ mod tests {
             change(&mut bad);
             Manifest::from_bytes(&bad.to_bytes().expect("json")).expect_err("must be refused").to_string()
         };
-        assert!(refuse(|m| m.version = 2).contains("version 2"));
+        assert!(refuse(|m| m.version = 3).contains("version 3"));
         assert!(refuse(|m| m.disks[0].name = "../etc".into()).contains("disk name"));
         assert!(refuse(|m| m.disks[0].name = "/dev/sda".into()).contains("disk name"));
         assert!(refuse(|m| m.disks[0].name = ".".into()).contains("disk name"));
         assert!(refuse(|m| m.disks[0].name = String::new()).contains("disk name"));
         assert!(refuse(|m| m.disks[0].size = u64::MAX).contains("bytes"));
+        assert!(
+            refuse(|m| m.disks[0].fine = Some(FineEntry { segments: 1, digest: "00".into() }))
+                .contains("fine segments")
+        );
+        assert!(refuse(|m| m.disks[0].name = "scsi0+64k".into()).contains("disk name"));
         assert!(refuse(|m| m.disks[0].segment_len = 3).contains("segment length"));
         assert!(refuse(|m| m.disks[0].data_bytes = u64::MAX).contains("more data"));
         assert!(refuse(|m| m.disks.push(m.disks[0].clone())).contains("twice"));

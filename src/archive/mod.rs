@@ -8,6 +8,6 @@ mod manifest;
 mod name;
 mod retention;
 
-pub use manifest::{Consistency, DiskEntry, Manifest, ManifestError, SkippedDisk};
+pub use manifest::{Consistency, DiskEntry, FineEntry, Manifest, ManifestError, SkippedDisk};
 pub use name::{ArchiveId, ArchiveName, NameError, Selector};
 pub use retention::{Retention, RetentionError, Verdict};

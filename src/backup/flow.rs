@@ -13,6 +13,7 @@ use crate::{
     guest::{Disk, Guest, GuestError, GuestKind},
     journal::{Journal, ProcessIdentity, Step},
     protocol::{Effect, End, Ended, Protocol, Teardown},
+    provider::Mechanism,
     qmp::Qmp,
     report::{Event, Events, Phase, Summary},
 };
@@ -101,6 +102,7 @@ struct Ground {
     record: Record,
     judged: Vec<Prospect>,
     baselines: Vec<Baseline>,
+    mechanism: Mechanism,
 }
 
 /// What will be done.
@@ -158,7 +160,9 @@ impl Flow<'_> {
         let (record, no_record) =
             Record::load(&self.options.dirs.generations(), &self.options.target, self.guest.id.as_str());
         let judged = plan::judge(&disks, (&record, no_record), &repository, qemu.as_ref(), self.options);
-        self.ground = Some(Ground { disks, skipped, qemu, repository, record, judged, baselines: Vec::new() });
+        let mechanism = self.provider.run(|p| Ok(p.mechanism())).await?;
+        self.ground =
+            Some(Ground { disks, skipped, qemu, repository, record, judged, baselines: Vec::new(), mechanism });
         Ok(Ended::Done)
     }
 
@@ -187,7 +191,8 @@ impl Flow<'_> {
         }
 
         let run_dir = self.options.dirs.run.join(self.guest.id.as_str());
-        let plan = plan::access_plan(&self.guest, self.options, &ground.disks, &ground.baselines, run_dir)?;
+        let plan =
+            plan::access_plan(&self.guest, self.options, &ground.disks, &ground.baselines, ground.mechanism, run_dir)?;
         let generation = plan.generation.clone();
         let (qmp, journal) = (self.qmp.clone(), self.journal.clone());
         let mut access: Box<dyn SnapshotAccess> = match self.guest.kind {
@@ -258,6 +263,7 @@ impl Flow<'_> {
             disks: &ground.disks,
             skipped: &ground.skipped,
             active: earlier(self.active.as_ref())?,
+            mechanism: ground.mechanism,
         };
         let copied = transfer.run(baselines, self.provider, planned.access.as_mut(), self.summary).await?;
         self.copied = Some(copied);

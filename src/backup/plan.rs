@@ -8,8 +8,8 @@ use crate::{
     generation::{self, Facts, Record},
     guest::{Disk, Found, Guest, GuestError, GuestKind},
     journal::ProcessIdentity,
-    provider::{DiskQuery, Incremental},
-    segment::{SegmentLen, SegmentTable},
+    provider::{DiskQuery, Incremental, Mechanism},
+    segment::{DiskTables, SegmentLen},
 };
 use anyhow::{Context, Result};
 
@@ -37,7 +37,7 @@ pub enum Baseline {
         /// The archive.
         archive: ArchiveId,
         /// Its segments of the disk.
-        table: SegmentTable,
+        tables: DiskTables,
         /// The bitmap.
         bitmap: String,
         /// Segment length.
@@ -107,8 +107,8 @@ pub(super) async fn confirm(judged: Vec<Prospect>, provider: &mut ProviderThread
     let baseline = |prospect: Prospect| match prospect {
         Err(reason) => Baseline::Full { reason },
         Ok(Candidate { bitmap, query }) => match answers.next() {
-            Some(Incremental::Use(table)) => {
-                Baseline::Archive { archive: query.base, table, bitmap, segment_len: query.segment_len }
+            Some(Incremental::Use(tables)) => {
+                Baseline::Archive { archive: query.base, tables, bitmap, segment_len: query.segment_len }
             }
             Some(Incremental::New(reason)) => Baseline::Full { reason },
             None => Baseline::Full { reason: "the target gave no answer".into() },
@@ -131,6 +131,7 @@ pub(super) fn access_plan(
     options: &Options,
     disks: &[Disk],
     baselines: &[Baseline],
+    mechanism: Mechanism,
     run_dir: std::path::PathBuf,
 ) -> Result<AccessPlan> {
     let disks = disks.iter().zip(baselines).map(|(disk, baseline)| DiskPlan {
@@ -139,7 +140,7 @@ pub(super) fn access_plan(
             Baseline::Archive { bitmap, .. } => BitmapMode::Use(bitmap.clone()),
             Baseline::Full { .. } => BitmapMode::New,
         },
-        granularity: baseline_len(baseline, disk, options).bytes() as u32,
+        granularity: least_granularity(mechanism, baseline_len(baseline, disk, options)).bytes() as u32,
     });
     Ok(AccessPlan {
         guest: guest.clone(),
@@ -161,6 +162,15 @@ pub(super) fn baseline_len(baseline: &Baseline, disk: &Disk, options: &Options) 
     match baseline {
         Baseline::Archive { segment_len, .. } => *segment_len,
         Baseline::Full { .. } => segment_len(disk, options),
+    }
+}
+
+/// The least granularity of a dirty bitmap with which nothing clean has to be read, and the one that a new bitmap gets: that of
+/// what a provider stores by itself.
+pub(super) fn least_granularity(mechanism: Mechanism, segment_len: SegmentLen) -> SegmentLen {
+    match mechanism {
+        Mechanism::Segments => segment_len,
+        Mechanism::Layers => SegmentLen::FINE,
     }
 }
 

@@ -1,15 +1,22 @@
 //! From the snapshot access into the provider: every disk's map, the streams, the manifest.
 
-use super::{Baseline, Cancelled, Options, ProviderThread, plan::baseline_len};
+use super::{
+    Baseline, Cancelled, Options, ProviderThread,
+    plan::{baseline_len, least_granularity},
+};
 use crate::{
-    access::{ActiveAccess, BitmapAction, DiskAccess, SnapshotAccess},
-    archive::{ArchiveId, ArchiveName, DiskEntry, Manifest, SkippedDisk},
+    access::{ActiveAccess, BitmapAction, DiskAccess, SnapshotAccess, fleecing::Witness},
+    archive::{ArchiveId, ArchiveName, DiskEntry, FineEntry, Manifest, SkippedDisk},
     copy::{self, Budget, CopyError, Counters, DiskMap, DiskReader, RateLimit, Settings, Source},
     guest::{Disk, Guest, GuestKind},
     nbd::{Client, ConnectOptions},
-    provider::{BackupInput, DiskInput, Expected, MakeManifest, Stored},
+    provider::{BackupInput, DiskInput, Expected, FineInput, MakeManifest, Mechanism, Stored},
     report::{Event, Events, Summary},
-    segment::{SegmentLen, SegmentTable, tasks},
+    segment::{
+        Content, DiskTables, SegmentLen, SegmentTable,
+        layers::{Division, divide, untouched},
+        tasks,
+    },
 };
 use anyhow::{Context, Result, anyhow, bail};
 use jiff::Timestamp;
@@ -39,6 +46,7 @@ pub(super) struct Transfer<'a> {
     pub disks: &'a [Disk],
     pub skipped: &'a [(String, String)],
     pub active: &'a ActiveAccess,
+    pub mechanism: Mechanism,
 }
 
 /// An archive that is durable.
@@ -48,10 +56,18 @@ pub(super) struct Copied {
     pub segment_lens: Vec<SegmentLen>,
 }
 
+/// What all disks of a guest are read with.
+struct Reading {
+    settings: Settings,
+    stop: CancellationToken,
+    failed: Arc<Mutex<Option<CopyError>>>,
+    discards: Arc<Mutex<Vec<tokio::task::JoinHandle<()>>>>,
+}
+
 /// One disk on its way.
 struct DiskRun {
     map: DiskMap,
-    base: Option<(ArchiveId, SegmentTable)>,
+    base: Option<(ArchiveId, DiskTables)>,
     segment_len: SegmentLen,
     reason: String,
     clients: Vec<Client>,
@@ -120,8 +136,8 @@ impl Transfer<'_> {
         let map = copy::read_map(access, dirty.as_ref(), Some(&allocation)).await?;
         let segment_len = baseline_len(&baseline, disk, self.options);
         let (base, reason) = match (baseline, access.action) {
-            (Baseline::Archive { archive, table, .. }, BitmapAction::Used) => {
-                (Some((archive, table)), access.reason.clone())
+            (Baseline::Archive { archive, tables, .. }, BitmapAction::Used) => {
+                (Some((archive, tables)), access.reason.clone())
             }
             (Baseline::Archive { .. }, _) => (None, access.reason.clone()),
             (Baseline::Full { reason }, _) => (None, reason),
@@ -129,13 +145,14 @@ impl Transfer<'_> {
         if base.is_none() && map.dirty_bytes != access.size {
             bail!("disk `{}`: QEMU shows {} of {} bytes, but all are needed", disk.name, map.dirty_bytes, access.size);
         }
-        if !access.clean_readable && access.granularity < segment_len.bytes() {
+        let least = least_granularity(self.mechanism, segment_len);
+        if !access.clean_readable && access.granularity < least.bytes() {
             bail!(
-                "disk `{}`: the dirty bitmap's granularity of {} bytes is below the segment length of {}, and clean ranges \
+                "disk `{}`: the dirty bitmap's granularity of {} bytes is below the {} that are stored together, and clean ranges \
                  cannot be read; a full backup (`--full`) starts a new bitmap",
                 disk.name,
                 access.granularity,
-                segment_len.bytes()
+                least.bytes()
             );
         }
         let mut clients = vec![allocation];
@@ -161,8 +178,8 @@ impl Transfer<'_> {
         let (active, disks) = (self.active, self.disks);
         // Changed segments are told from unchanged ones by their time, so it must be later than any in a base archive, also
         // when the host's clock was set back since.
-        let newest =
-            runs.iter().filter_map(|r| r.base.as_ref()).flat_map(|(_, t)| t.records()).map(|r| r.stored_at).max();
+        let tables = runs.iter().filter_map(|r| r.base.as_ref()).flat_map(|(_, t)| [&t.segments, &t.fine]);
+        let newest = tables.flat_map(SegmentTable::records).map(|r| r.stored_at).max();
         let stored_at = active.instant.as_microsecond().max(newest.map_or(i64::MIN, |n| n.saturating_add(1)));
         let instant = Timestamp::from_microsecond(stored_at).context("the clock shows an impossible time")?;
 
@@ -180,36 +197,10 @@ impl Transfer<'_> {
         order.sort_by(|a, b| disks[*a].name.cmp(&disks[*b].name));
         let fleecing = access.fleecing_witnesses();
         let mut inputs = Vec::new();
+        let reading = Reading { settings, stop: stop.clone(), failed: failed.clone(), discards: discards.clone() };
         for index in &order {
-            let (run, access) = (&runs[*index], &active.disks[*index]);
-            let source = Source {
-                disk: disks[*index].name.clone(),
-                segment_len: run.segment_len,
-                content: run.map.content.clone(),
-                tell_zeroes: run.base.is_some(),
-                discard_clean: access.clean_readable && run.base.is_some(),
-                clients: run.clients.clone(),
-                fleecing: fleecing.get(*index).cloned().flatten(),
-                counters: run.counters.clone(),
-            };
-            let expected = tasks(&run.map.content, run.segment_len).filter(|task| !task.zero || source.tell_zeroes);
-            let expected = expected.map(|task| Expected { index: task.index, zero: task.zero }).collect();
-            let reader = DiskReader::new(
-                source,
-                Settings { grain: access.granularity.max(64 << 10), ..settings.clone() },
-                self.events.clone(),
-                stop.clone(),
-                failed.clone(),
-                discards.clone(),
-            );
-            inputs.push(DiskInput {
-                name: disks[*index].name.clone(),
-                size: access.size,
-                segment_len: run.segment_len,
-                base: run.base.clone(),
-                expected,
-                changed: Box::new(reader),
-            });
+            let fleecing = fleecing.get(*index).and_then(Option::as_ref);
+            inputs.push(self.disk_input(&disks[*index], &runs[*index], &active.disks[*index], fleecing, &reading)?);
         }
         let mut members = vec![("guest.conf".to_owned(), self.guest.config.clone())];
         members.extend(self.guest.firewall.clone().map(|text| ("firewall.conf".to_owned(), text)));
@@ -246,6 +237,76 @@ impl Transfer<'_> {
         }
     }
 
+    /// What the provider gets of one disk.
+    fn disk_input(
+        &self,
+        disk: &Disk,
+        run: &DiskRun,
+        access: &DiskAccess,
+        fleecing: Option<&Witness>,
+        reading: &Reading,
+    ) -> Result<DiskInput> {
+        let (base, len) = (run.base.as_ref(), run.segment_len);
+        let division = match base {
+            Some((_, tables)) if self.mechanism == Mechanism::Layers => {
+                let division = divide(&run.map.content, len, &tables.fine, access.clean_readable);
+                Some(division.map_err(|source| CopyError::Map { disk: disk.name.clone(), source })?)
+            }
+            _ => None,
+        };
+        let (segments, fine) = match division {
+            Some(Division { segments, fine, kept }) => (segments, Some((fine, kept))),
+            None => (run.map.content.clone(), None),
+        };
+        let segment_tasks = || tasks(&segments, len);
+        let fine_tasks = || fine.iter().flat_map(|(content, _)| tasks(content, SegmentLen::FINE));
+        let expected = segment_tasks().filter(|task| !task.zero || base.is_some());
+        let expected = expected.map(|task| Expected { index: task.index, zero: task.zero }).collect();
+        let expected_fine: Vec<u64> = fine_tasks().map(|task| task.index).collect();
+        let untouched = if access.clean_readable && base.is_some() {
+            untouched(access.size, segment_tasks().chain(fine_tasks()))
+        } else {
+            Vec::new()
+        };
+        let read = |segment_len, content, untouched, last| {
+            let source = Source {
+                disk: disk.name.clone(),
+                segment_len,
+                content,
+                tell_zeroes: base.is_some(),
+                untouched,
+                todo: run.map.content.bytes_where(|content| content != Content::Clean),
+                last,
+                clients: run.clients.clone(),
+                fleecing: fleecing.cloned(),
+                counters: run.counters.clone(),
+            };
+            let Reading { settings, stop, failed, discards } = reading;
+            let settings = Settings { grain: access.granularity.max(64 << 10), ..settings.clone() };
+            DiskReader::new(source, settings, self.events.clone(), stop.clone(), failed.clone(), discards.clone())
+        };
+        // Behind a layer that has nothing to be read nobody asks for its end.
+        let changed = Box::new(read(len, segments.clone(), untouched, expected_fine.is_empty()));
+        let fine = fine.as_ref().map(|(content, kept)| FineInput {
+            base: kept.clone(),
+            changed: if expected_fine.is_empty() {
+                Box::new(std::iter::empty())
+            } else {
+                Box::new(read(SegmentLen::FINE, content.clone(), Vec::new(), true))
+            },
+            expected: expected_fine,
+        });
+        Ok(DiskInput {
+            name: disk.name.clone(),
+            size: access.size,
+            segment_len: len,
+            base: base.map(|(archive, tables)| (archive.clone(), tables.segments.clone())),
+            expected,
+            changed,
+            fine,
+        })
+    }
+
     fn manifest(&self, runs: &[DiskRun], order: &[usize]) -> MakeManifest {
         let (active, disks) = (self.active, self.disks);
         let template = Manifest {
@@ -278,6 +339,7 @@ impl Transfer<'_> {
                     segment_len: run.segment_len.bytes(),
                     data_bytes: 0,
                     digest: String::new(),
+                    fine: None,
                     bitmap_action: access.action.as_str().into(),
                     reason: run.reason.clone(),
                     generation: Some(self.generation.to_owned()),
@@ -287,13 +349,17 @@ impl Transfer<'_> {
             })
             .collect();
         Box::new(move |tables| {
-            let entries = facts.into_iter().zip(tables).map(|((entry, len, counters), table)| DiskEntry {
-                data_bytes: table.data_bytes(len, entry.size),
-                digest: blake3::Hash::from_bytes(table.digest()).to_hex().to_string(),
+            let digest = |table: &SegmentTable| blake3::Hash::from_bytes(table.digest()).to_hex().to_string();
+            let entries = facts.into_iter().zip(tables).map(|((entry, len, counters), tables)| DiskEntry {
+                data_bytes: tables.data_bytes(len, entry.size),
+                digest: digest(&tables.segments),
+                fine: Some(tables.fine.records().len() as u64)
+                    .filter(|segments| *segments > 0)
+                    .map(|segments| FineEntry { segments, digest: digest(&tables.fine) }),
                 read_bytes: counters.read.load(Ordering::Relaxed),
                 ..entry
             });
-            Manifest { disks: entries.collect(), ..template }
+            template.with_disks(entries.collect())
         })
     }
 }

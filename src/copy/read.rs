@@ -102,8 +102,12 @@ pub struct Source {
     pub content: Extents<Content>,
     /// Whether a base archive is overwritten: only then zeroes have to be told.
     pub tell_zeroes: bool,
-    /// Whether segments that did not change are discarded at once, so that guest writes there need no copy.
-    pub discard_clean: bool,
+    /// What is read in no layer, offset and length: discarded at once, so that guest writes there need no copy.
+    pub untouched: Vec<(u64, u64)>,
+    /// Bytes that there are to do of the disk, in all its layers.
+    pub todo: u64,
+    /// Whether nothing of the disk is to be read behind this.
+    pub last: bool,
     /// Connections to the export.
     pub clients: Vec<Client>,
     /// The fleecing image, which has to be unharmed when everything is read.
@@ -213,18 +217,8 @@ async fn read_disk(
         };
         discards.lock().unwrap_or_else(PoisonError::into_inner).push(tokio::spawn(discard.run(orders)));
     }
-    if source.discard_clean {
-        let mut done = 0;
-        let size = source.content.size();
-        for Task { offset, len, .. } in tasks(&source.content, source.segment_len) {
-            if offset > done {
-                let _ = stored.send(Stored { offset: done, len: offset - done });
-            }
-            done = offset + len;
-        }
-        if size > done {
-            let _ = stored.send(Stored { offset: done, len: size - done });
-        }
+    for (offset, len) in &source.untouched {
+        let _ = stored.send(Stored { offset: *offset, len: *len });
     }
     let disk = source.disk.clone();
     let mut send_failure = None;
@@ -241,7 +235,8 @@ async fn read_disk(
         failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
     }
     match result {
-        Ok(()) => events.send(Event::DiskDone { disk }),
+        Ok(()) if source.last => events.send(Event::DiskDone { disk }),
+        Ok(()) => {}
         // A provider that has gone away knows why.
         Err(message) => drop(sender.send(Err(SourceError { disk, message })).await),
     }
@@ -264,12 +259,12 @@ async fn pump(
     stored: &UnboundedSender<Stored>,
     sender: &mpsc::Sender<Result<Segment, SourceError>>,
 ) -> Result<(), CopyError> {
-    let todo = source.content.bytes_where(|c| c != Content::Clean);
+    let todo = source.todo;
     let mut flight = Flight::new();
     let mut clients = source.clients.iter().cycle();
     let buffers = Arc::new(Buffers { most: settings.in_flight, ..Buffers::default() });
-    events.send(Event::Progress { disk: source.disk.clone(), done: 0, todo });
     let mut progress = Progress { disk: &source.disk, todo, counters: &source.counters, events, told: Instant::now() };
+    progress.send();
     for batch in batches(tasks(&source.content, source.segment_len), settings.request) {
         if batch.segments[0].zero {
             source.counters.done.fetch_add(batch.len, Ordering::Relaxed);
@@ -321,7 +316,9 @@ async fn pump(
         }
         progress.tell();
     }
-    events.send(Event::Progress { disk: source.disk.clone(), done: todo, todo });
+    if source.last {
+        events.send(Event::Progress { disk: source.disk.clone(), done: todo, todo });
+    }
     Ok(())
 }
 
@@ -337,9 +334,13 @@ impl Progress<'_> {
     fn tell(&mut self) {
         if self.told.elapsed() >= Duration::from_millis(100) {
             self.told = Instant::now();
-            let done = self.counters.done.load(Ordering::Relaxed).min(self.todo);
-            self.events.send(Event::Progress { disk: self.disk.to_owned(), done, todo: self.todo });
+            self.send();
         }
+    }
+
+    fn send(&self) {
+        let done = self.counters.done.load(Ordering::Relaxed).min(self.todo);
+        self.events.send(Event::Progress { disk: self.disk.to_owned(), done, todo: self.todo });
     }
 }
 

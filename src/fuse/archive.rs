@@ -8,7 +8,6 @@ use crate::{
     archive::Manifest,
     provider::ArchiveReader,
     restore::{ArchivedDisk, RestoreError, read_disks},
-    segment::SegmentRecord,
 };
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -89,24 +88,25 @@ struct ArchiveImage {
 }
 
 /// A stored segment, from the cache or the archive.
-async fn segment(
-    source: Arc<Source>,
-    number: usize,
-    disk: Arc<ArchivedDisk>,
-    record: SegmentRecord,
-) -> Result<Bytes, ImageError> {
-    let slot = source.cache.lock().unwrap_or_else(PoisonError::into_inner).slot((number, record.index));
+async fn segment(source: Arc<Source>, number: usize, disk: Arc<ArchivedDisk>, index: u64) -> Result<Bytes, ImageError> {
+    let slot = source.cache.lock().unwrap_or_else(PoisonError::into_inner).slot((number, index));
     let read = async {
         let permit = source.reads.clone().acquire_owned().await.map_err(|_| ImageError::Died)?;
         let reader = source.reader.clone();
         let read = spawn_blocking(move || {
             // Held to the end, also when nobody waits any more.
             let _permit = permit;
-            disk.segment(reader.as_ref(), record)
+            disk.segment(reader.as_ref(), index)
         });
         Ok(read.await.map_err(|_| ImageError::Died)??)
     };
     slot.get_or_try_init(|| read).await.cloned()
+}
+
+impl ArchiveImage {
+    fn next_stored(&self, index: u64) -> Option<u64> {
+        self.disk.tables.next_stored(self.disk.segment_len, index)
+    }
 }
 
 #[async_trait]
@@ -134,13 +134,12 @@ impl Image for ArchiveImage {
     async fn read(&self, offset: u64, len: usize) -> Result<Bytes, ImageError> {
         let segment_len = self.disk.segment_len.bytes();
         let end = offset + len as u64;
-        let records = self.disk.table.records();
-        let first = records.partition_point(|record| (record.index + 1) * segment_len <= offset);
-        let records = records[first..].iter().take_while(|record| record.index * segment_len < end);
         let mut wanted = JoinSet::new();
-        for record in records.copied() {
-            let segment = segment(self.source.clone(), self.number, self.disk.clone(), record);
-            wanted.spawn(async move { (record.index * segment_len, segment.await) });
+        let mut next = self.next_stored(offset / segment_len);
+        while let Some(index) = next.filter(|index| index * segment_len < end) {
+            let segment = segment(self.source.clone(), self.number, self.disk.clone(), index);
+            wanted.spawn(async move { (index * segment_len, segment.await) });
+            next = self.next_stored(index + 1);
         }
         let mut whole = BytesMut::new();
         while let Some(read) = wanted.join_next().await {
@@ -166,15 +165,10 @@ impl Image for ArchiveImage {
     fn find(&self, offset: u64, what: Find) -> Option<u64> {
         let segment_len = self.disk.segment_len.bytes();
         let mut index = offset / segment_len;
-        let records = self.disk.table.records();
-        let rest = &records[records.partition_point(|record| record.index < index)..];
         match what {
-            Find::Data => rest.first().map(|record| offset.max(record.index * segment_len)),
+            Find::Data => self.next_stored(index).map(|index| offset.max(index * segment_len)),
             Find::Hole => {
-                for record in rest {
-                    if record.index != index {
-                        break;
-                    }
+                while self.next_stored(index) == Some(index) {
                     index += 1;
                 }
                 let hole = offset.max(index.saturating_mul(segment_len));

@@ -114,6 +114,29 @@ pub(super) fn data_map(file: &File) -> Vec<(i64, i64)> {
     }
 }
 
+/// Of the second disk, long segments that are holes: the first has one fine segment, the third two.
+#[tokio::test(flavor = "multi_thread")]
+async fn fine_segments_are_part_of_the_image() {
+    let long = SegmentLen::new(8 * SEGMENT as u64).expect("valid");
+    let before = [model("scsi0", &[71; 24]), model("virtio1", &[0; 24])];
+    let now = [model("scsi0", &[&[71; 9][..], &[72, 0], &[71; 13]].concat()), {
+        let seeds: Vec<u64> = (0..24).map(|at| if [3, 16, 23].contains(&at) { 75 } else { 0 }).collect();
+        model("virtio1", &seeds)
+    }];
+    let memory = Memory::of(&before, long).overlaid(&now[0], long, &[9, 10]).overlaid(&now[1], long, &[3, 16, 23]);
+    let Some(shown) = show(images(memory), Duration::from_mins(1)) else { return };
+    for disk in &now {
+        assert!(fs::read(shown.path(disk.name)).expect("read") == disk.content, "{}", disk.name);
+        let at = 3 * SEGMENT as u64 - 4096;
+        let part = read_direct(&shown.path(disk.name), at, 8192).expect("read");
+        assert!(part == disk.content[at as usize..at as usize + 8192], "{}", disk.name);
+    }
+    let map = data_map(&File::open(shown.path("virtio1")).expect("opened"));
+    let (len, size) = (8 * SEGMENT as i64, now[1].content.len() as i64);
+    assert_eq!(map, [(0, len), (2 * len, size)]);
+    shown.mount.umount().expect("unmounted");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn files_are_the_disks_byte_for_byte() {
     let Some(shown) = show(images(memory()), Duration::from_mins(1)) else { return };

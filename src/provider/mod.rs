@@ -23,7 +23,7 @@ pub use target::{for_target, init_target, least_segment};
 use crate::{
     archive::{ArchiveId, ArchiveName, Manifest},
     report::Events,
-    segment::{Segment, SegmentLen, SegmentTable},
+    segment::{DiskTables, Segment, SegmentLen, SegmentTable},
 };
 use jiff::Timestamp;
 use std::path::PathBuf;
@@ -35,6 +35,8 @@ use tokio_util::sync::CancellationToken;
 pub enum Mechanism {
     /// As a stream of segments, see [`DiskInput`].
     Segments,
+    /// As two, of segments and of the fine segments that lie over them ([`crate::segment::layers`]).
+    Layers,
 }
 
 /// A disk for which an incremental backup is asked for.
@@ -53,8 +55,8 @@ pub struct DiskQuery {
 /// Answer to a [`DiskQuery`].
 #[derive(Clone, Debug)]
 pub enum Incremental {
-    /// The base archive exists now and holds the disk completely; this is its segment table.
-    Use(SegmentTable),
+    /// The base archive exists now and holds the disk completely; these are its segment tables.
+    Use(DiskTables),
     /// The disk has to be read in full, and why.
     New(String),
 }
@@ -72,6 +74,18 @@ pub struct DiskInput {
     /// What `changed` is going to deliver, in its order.
     pub expected: Vec<Expected>,
     /// The changed segments, ordered by index; blocks while the copy engine reads. An error ends it and the backup.
+    pub changed: Box<dyn Iterator<Item = Result<Segment, SourceError>> + Send>,
+    /// The layer of fine segments; only with a base, and only for a provider that takes [`Mechanism::Layers`].
+    pub fine: Option<FineInput>,
+}
+
+/// The fine segments of a disk. Here zeroes are content, and stored.
+pub struct FineInput {
+    /// Those of the base archive that stay where none is delivered.
+    pub base: SegmentTable,
+    /// Positions of those that `changed` is going to deliver.
+    pub expected: Vec<u64>,
+    /// The changed ones, ordered by index; to be read behind the disk's [`DiskInput::changed`].
     pub changed: Box<dyn Iterator<Item = Result<Segment, SourceError>> + Send>,
 }
 
@@ -95,7 +109,7 @@ pub struct SourceError {
 }
 
 /// Makes the manifest from the finished segment tables.
-pub type MakeManifest = Box<dyn FnOnce(&[SegmentTable]) -> Manifest + Send>;
+pub type MakeManifest = Box<dyn FnOnce(&[DiskTables]) -> Manifest + Send>;
 
 /// Everything that goes into one archive.
 pub struct BackupInput {
@@ -287,9 +301,10 @@ pub trait ArchiveReader: Send + Sync {
     /// A member by its file name: `manifest.json`, `guest.conf`, `firewall.conf`. At most `limit` bytes.
     fn member(&self, name: &str, limit: u64) -> Result<Vec<u8>, ProviderError>;
 
-    /// The segment table of a disk as stored, at most `limit` bytes.
+    /// The segment table of a disk, or of its fine segments ([`crate::segment::layers::Layer::name`]), as stored, at most `limit`
+    /// bytes.
     fn table(&self, disk: &str, limit: u64) -> Result<Vec<u8>, ProviderError>;
 
-    /// One stored segment: exactly `len` bytes, or an error.
+    /// One stored segment of a disk, or of its fine segments: exactly `len` bytes, or an error.
     fn segment(&self, disk: &str, index: u64, len: u64) -> Result<bytes::Bytes, ProviderError>;
 }

@@ -81,6 +81,7 @@ impl Provider for NullProvider {
             }
             tables.push(table);
         }
+        let tables: Vec<_> = tables.into_iter().map(Into::into).collect();
         (input.manifest)(&tables);
         Ok(Stored { id: ArchiveId(input.archive.to_string()), added_bytes: Some(0) })
     }
@@ -140,9 +141,10 @@ mod tests {
                 base: None,
                 expected: (0..4).map(|index| crate::provider::Expected { index, zero: false }).collect(),
                 changed: Box::new(changed),
+                fine: None,
             }],
             manifest: Box::new(move |tables| {
-                assert_eq!(tables[0].records().len(), 3);
+                assert_eq!(tables[0].segments.records().len(), 3);
                 Manifest {
                     version: Manifest::VERSION,
                     program: String::new(),

@@ -212,6 +212,7 @@ mod tests {
                 size: 32 << 30,
                 segment_len: 1 << 20,
                 data_bytes: 7 << 30,
+                fine: None,
                 digest: "00".into(),
                 bitmap_action: "used".into(),
                 reason: "bitmap is valid".into(),

@@ -7,7 +7,6 @@ use super::{RestoreError, image::DiskImage, source::ArchivedDisk};
 use crate::{
     provider::ArchiveReader,
     report::{Event, Events},
-    segment::SegmentRecord,
 };
 use std::{
     path::Path,
@@ -30,19 +29,19 @@ const PROGRESS: Duration = Duration::from_millis(250);
 /// A piece of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Piece {
-    /// A stored segment.
-    Stored(SegmentRecord),
+    /// A segment of which something is stored.
+    Stored(u64),
     /// Zeroes.
     Zero { offset: u64, len: u64 },
 }
 
 /// The pieces of a disk in order, zeroes included.
 fn pieces(disk: &ArchivedDisk) -> impl Iterator<Item = Piece> + Send + '_ {
-    let mut records = disk.table.records().iter().copied().peekable();
+    let mut stored = disk.tables.stored(disk.segment_len).peekable();
     let mut at = 0u64;
     std::iter::from_fn(move || {
         // Indices were checked against the size when the table was read.
-        let next = records.peek().and_then(|r| disk.segment_len.range(r.index, disk.size));
+        let next = stored.peek().and_then(|index| disk.segment_len.range(*index, disk.size));
         let (offset, len) = next.unwrap_or((disk.size, 0));
         if at < offset {
             let len = (offset - at).min(MAX_CLEAR);
@@ -51,7 +50,7 @@ fn pieces(disk: &ArchivedDisk) -> impl Iterator<Item = Piece> + Send + '_ {
             return Some(piece);
         }
         at = offset + len;
-        records.next().map(Piece::Stored)
+        stored.next().map(Piece::Stored)
     })
 }
 
@@ -88,12 +87,12 @@ pub(super) fn write(
         written: AtomicU64::new(0),
         progress: Progress::start(events, &disk.name, todo),
     };
-    let stored = disk.table.records().iter().copied().map(Piece::Stored);
+    let stored = disk.tables.stored(disk.segment_len).map(Piece::Stored);
     let pieces: Box<dyn Iterator<Item = Piece> + Send + '_> =
         if image.starts_zeroed() { Box::new(stored) } else { Box::new(pieces(disk)) };
     let queue = Mutex::new(pieces);
     let cpus = thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let threads = (cpus * 2).clamp(4, MAX_THREADS).min(disk.table.records().len().max(1));
+    let threads = (cpus * 2).clamp(4, MAX_THREADS).min(disk.segment_len.count(disk.data_bytes).max(1) as usize);
     let take = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
     thread::scope(|scope| {
         let mut workers = Vec::with_capacity(threads);
@@ -160,8 +159,8 @@ impl Work<'_> {
                 self.image.clear(offset, len).map_err(|source| RestoreError::io("clear", self.path, source))?;
                 self.progress.add(len);
             }
-            Piece::Stored(record) => {
-                let len = self.stored(record)?;
+            Piece::Stored(index) => {
+                let len = self.stored(index)?;
                 self.written.fetch_add(len, Ordering::Relaxed);
                 self.progress.add(len);
             }
@@ -169,9 +168,9 @@ impl Work<'_> {
         Ok(())
     }
 
-    fn stored(&self, record: SegmentRecord) -> Result<u64, RestoreError> {
-        let bytes = self.disk.segment(self.reader, record)?;
-        let offset = record.index * self.disk.segment_len.bytes();
+    fn stored(&self, index: u64) -> Result<u64, RestoreError> {
+        let bytes = self.disk.segment(self.reader, index)?;
+        let offset = index * self.disk.segment_len.bytes();
         self.image.write_at(&bytes, offset).map_err(|source| RestoreError::io("write to", self.path, source))?;
         Ok(bytes.len() as u64)
     }
@@ -213,7 +212,7 @@ impl<'a> Progress<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::segment::{SegmentLen, SegmentTable};
+    use crate::segment::{DiskTables, SegmentLen, SegmentRecord, SegmentTable};
     use proptest::prelude::*;
 
     proptest! {
@@ -229,14 +228,14 @@ mod tests {
                 table.push(SegmentRecord { index: *index, stored_at: 0, digest: [0; 32] }).expect("ordered");
             }
             let data_bytes = table.data_bytes(segment_len, size);
-            let disk = ArchivedDisk { name: "scsi0".into(), size, segment_len, data_bytes, table };
+            let disk = ArchivedDisk { name: "scsi0".into(), size, segment_len, data_bytes, tables: table.into() };
             let (mut at, mut stored) = (0, Vec::new());
             for piece in pieces(&disk) {
                 let (offset, len) = match piece {
                     Piece::Zero { offset, len } => (offset, len),
-                    Piece::Stored(record) => {
-                        stored.push(record.index);
-                        segment_len.range(record.index, size).expect("inside")
+                    Piece::Stored(index) => {
+                        stored.push(index);
+                        segment_len.range(index, size).expect("inside")
                     }
                 };
                 prop_assert_eq!(offset, at);
@@ -256,7 +255,7 @@ mod tests {
             size: 5 * MAX_CLEAR / 2,
             segment_len,
             data_bytes: 0,
-            table: SegmentTable::new(),
+            tables: DiskTables::default(),
         };
         let lens: Vec<u64> = pieces(&disk).map(|p| if let Piece::Zero { len, .. } = p { len } else { 0 }).collect();
         assert_eq!(lens, [MAX_CLEAR, MAX_CLEAR, MAX_CLEAR / 2]);

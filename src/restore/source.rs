@@ -4,9 +4,9 @@ use super::{Destination, DiskSelection, RestoreError};
 use crate::{
     archive::{DiskEntry, Manifest},
     provider::{ArchiveReader, ErrorKind},
-    segment::{SegmentLen, SegmentRecord, SegmentTable, TableError},
+    segment::{DiskTables, SegmentLen, SegmentRecord, SegmentTable, TableError, layers::Layer},
 };
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use std::collections::HashSet;
 
 /// Far more than 256 disks need.
@@ -30,7 +30,7 @@ pub(super) struct Archived {
     pub(super) missing: Vec<String>,
 }
 
-/// A disk in an archive. Its table agrees with its manifest entry.
+/// A disk in an archive. Its tables agree with its manifest entry.
 #[derive(Debug)]
 pub(crate) struct ArchivedDisk {
     /// A plain file name.
@@ -38,20 +38,48 @@ pub(crate) struct ArchivedDisk {
     /// Bytes.
     pub(crate) size: u64,
     pub(crate) segment_len: SegmentLen,
-    /// Bytes of the segments in `table`.
+    /// Bytes of the segments of which anything is stored.
     pub(crate) data_bytes: u64,
-    pub(crate) table: SegmentTable,
+    pub(crate) tables: DiskTables,
 }
 
 impl ArchivedDisk {
-    /// Reads a stored segment of `table`, and compares it with its digest.
-    pub(crate) fn segment(&self, reader: &dyn ArchiveReader, record: SegmentRecord) -> Result<Bytes, RestoreError> {
+    /// Reads a segment of which anything is stored. What is stored is compared with its digest.
+    pub(crate) fn segment(&self, reader: &dyn ArchiveReader, index: u64) -> Result<Bytes, RestoreError> {
+        let (start, len) = self.range(self.segment_len, index)?;
+        let whole = self.tables.segments.get(index);
+        let whole = whole.map(|record| self.stored(reader, &self.name, self.segment_len, record)).transpose()?;
+        let fine = self.tables.fine_of(self.segment_len, index);
+        if let (Some(whole), []) = (&whole, fine) {
+            return Ok(whole.clone());
+        }
+        let mut content = whole.map_or_else(|| BytesMut::zeroed(len as usize), BytesMut::from);
+        let name = Layer::Fine.name(&self.name);
+        for record in fine {
+            let (offset, _) = self.range(SegmentLen::FINE, record.index)?;
+            let bytes = self.stored(reader, &name, SegmentLen::FINE, record)?;
+            let at = (offset - start) as usize;
+            content[at..at + bytes.len()].copy_from_slice(&bytes);
+        }
+        Ok(content.freeze())
+    }
+
+    fn range(&self, len: SegmentLen, index: u64) -> Result<(u64, u64), RestoreError> {
+        let behind = || RestoreError::Table { disk: self.name.clone(), source: TableError::Range(index) };
+        len.range(index, self.size).ok_or_else(behind)
+    }
+
+    /// Reads what is stored under `name`, in segments of `len`.
+    fn stored(
+        &self,
+        reader: &dyn ArchiveReader,
+        name: &str,
+        len: SegmentLen,
+        record: &SegmentRecord,
+    ) -> Result<Bytes, RestoreError> {
         let disk = || self.name.clone();
-        let (offset, len) = self
-            .segment_len
-            .range(record.index, self.size)
-            .ok_or_else(|| RestoreError::Table { disk: disk(), source: TableError::Range(record.index) })?;
-        let bytes = reader.segment(&self.name, record.index, len).map_err(|source| RestoreError::Segment {
+        let (offset, len) = self.range(len, record.index)?;
+        let bytes = reader.segment(name, record.index, len).map_err(|source| RestoreError::Segment {
             disk: disk(),
             offset,
             len,
@@ -110,9 +138,7 @@ fn tables(reader: &dyn ArchiveReader, wanted: &[&DiskEntry]) -> Result<Vec<Archi
     let mut budget = MAX_TABLES;
     let mut disks = Vec::with_capacity(wanted.len());
     for entry in wanted {
-        let disk = read_disk(reader, entry, budget)?;
-        budget -= table_limit(disk.segment_len, disk.size, disk.data_bytes).min(budget);
-        disks.push(disk);
+        disks.push(read_disk(reader, entry, &mut budget)?);
     }
     Ok(disks)
 }
@@ -149,36 +175,57 @@ fn member(reader: &dyn ArchiveReader, name: &str, limit: u64) -> Result<Vec<u8>,
     Ok(bytes)
 }
 
-/// Bytes that the table of a disk can have at most: no more records than segments, nor than its data fills. All but the
-/// last segment are full.
-fn table_limit(len: SegmentLen, size: u64, data_bytes: u64) -> u64 {
-    let records = len.count(size).min(len.count(data_bytes).saturating_add(1));
-    TABLE_HEAD.saturating_add(records.saturating_mul(TABLE_RECORD))
+/// No more records than segments, nor than the disk's data fills; all but the last segment are full.
+fn read_disk(reader: &dyn ArchiveReader, entry: &DiskEntry, budget: &mut u64) -> Result<ArchivedDisk, RestoreError> {
+    let segment_len = entry.segments()?;
+    let most = segment_len.count(entry.data_bytes).saturating_add(1);
+    let segments = read_table(reader, entry, &entry.name, (segment_len, most), &entry.digest, budget)?;
+    let fine = match &entry.fine {
+        None => SegmentTable::new(),
+        Some(fine) => {
+            let name = Layer::Fine.name(&entry.name);
+            read_table(reader, entry, &name, (SegmentLen::FINE, fine.segments), &fine.digest, budget)?
+        }
+    };
+    let tables = DiskTables { segments, fine };
+    let data_bytes = tables.data_bytes(segment_len, entry.size);
+    if data_bytes != entry.data_bytes {
+        return Err(RestoreError::DataBytes {
+            disk: entry.name.clone(),
+            expected: entry.data_bytes,
+            found: data_bytes,
+        });
+    }
+    Ok(ArchivedDisk { name: entry.name.clone(), size: entry.size, segment_len, data_bytes, tables })
 }
 
-fn read_disk(reader: &dyn ArchiveReader, entry: &DiskEntry, budget: u64) -> Result<ArchivedDisk, RestoreError> {
+/// Reads the table that is stored under `name`, of segments of a length, at most so many.
+fn read_table(
+    reader: &dyn ArchiveReader,
+    entry: &DiskEntry,
+    name: &str,
+    (len, most): (SegmentLen, u64),
+    digest: &str,
+    budget: &mut u64,
+) -> Result<SegmentTable, RestoreError> {
     let disk = || entry.name.clone();
-    let segment_len = entry.segments()?;
-    let limit = table_limit(segment_len, entry.size, entry.data_bytes);
-    if limit > budget {
-        return Err(RestoreError::TableSize { disk: disk(), bytes: limit, limit: budget });
-    }
+    let limit = TABLE_HEAD.saturating_add(len.count(entry.size).min(most).saturating_mul(TABLE_RECORD));
+    let Some(rest) = budget.checked_sub(limit) else {
+        return Err(RestoreError::TableSize { disk: disk(), bytes: limit, limit: *budget });
+    };
+    *budget = rest;
     let bytes = reader
-        .table(&entry.name, limit)
-        .map_err(|source| RestoreError::Read { what: format!("segment table of disk `{}`", entry.name), source })?;
+        .table(name, limit)
+        .map_err(|source| RestoreError::Read { what: format!("segment table of disk `{name}`"), source })?;
     if bytes.len() as u64 > limit {
         return Err(RestoreError::TableSize { disk: disk(), bytes: bytes.len() as u64, limit });
     }
-    let table = SegmentTable::from_bytes(&bytes, segment_len, entry.size)
+    let table = SegmentTable::from_bytes(&bytes, len, entry.size)
         .map_err(|source| RestoreError::Table { disk: disk(), source })?;
     let found = blake3::Hash::from_bytes(table.digest()).to_hex();
-    if found.as_str() != entry.digest {
-        let expected = entry.digest.chars().take(64).collect();
+    if found.as_str() != digest {
+        let expected = digest.chars().take(64).collect();
         return Err(RestoreError::TableDigest { disk: disk(), expected, found: found.to_string() });
     }
-    let data_bytes = table.data_bytes(segment_len, entry.size);
-    if data_bytes != entry.data_bytes {
-        return Err(RestoreError::DataBytes { disk: disk(), expected: entry.data_bytes, found: data_bytes });
-    }
-    Ok(ArchivedDisk { name: disk(), size: entry.size, segment_len, data_bytes, table })
+    Ok(table)
 }

@@ -2,11 +2,13 @@
 //!
 //! Segment `i` of a disk is the bytes `i * len .. min((i + 1) * len, size)`. A segment that holds only zeroes is a hole
 //! and never stored. What an archive holds of a disk is described by its [`SegmentTable`]: one [`SegmentRecord`] for
-//! every stored segment, ordered by index.
+//! every stored segment, ordered by index. A provider can have a second, finer layer of them ([`layers`]).
 
+pub mod layers;
 mod merge;
 mod table;
 
+pub use layers::DiskTables;
 pub use merge::{DiskItem, merge};
 pub use table::{SegmentRecord, SegmentTable, TableError};
 
@@ -22,8 +24,10 @@ impl SegmentLen {
     /// Largest length: one blob of the repositories that we create, and Proxmox's bitmap granularity.
     pub const MAX: u64 = 4 << 20;
 
-    /// 512 KiB.
-    pub const HALF_MIB: Self = Self(512 << 10);
+    /// Length of fine segments, see [`layers`].
+    pub const FINE: Self = Self(Self::MIN as u32);
+    /// 2 MiB.
+    pub const TWO_MIB: Self = Self(2 << 20);
 
     /// Checks a length in bytes.
     pub fn new(bytes: u64) -> Option<Self> {
@@ -67,7 +71,7 @@ pub struct SegmentLens {
 impl SegmentLens {
     /// As configured, else by the disk's size.
     pub fn new(configured: Option<SegmentLen>) -> Self {
-        Self { configured, least: SegmentLen(SegmentLen::MIN as u32) }
+        Self { configured, least: SegmentLen::FINE }
     }
 
     /// The same for a target that shorter ones than `least` do not suit, unless they are configured.
@@ -209,11 +213,11 @@ mod tests {
 
     #[test]
     fn a_targets_least_length_counts_where_none_is_configured() {
-        let least = SegmentLens::new(None).at_least(SegmentLen::HALF_MIB);
+        let least = SegmentLens::new(None).at_least(SegmentLen::TWO_MIB);
         let found =
             [1 << 30, 1 << 40, 2 << 40].map(|size| (SegmentLens::new(None).of(size).bytes(), least.of(size).bytes()));
-        assert_eq!(found, [(256 << 10, 512 << 10), (1 << 20, 1 << 20), (4 << 20, 4 << 20)]);
-        let configured = SegmentLens::new(SegmentLen::new(64 << 10)).at_least(SegmentLen::HALF_MIB);
+        assert_eq!(found, [(256 << 10, 2 << 20), (1 << 20, 2 << 20), (4 << 20, 4 << 20)]);
+        let configured = SegmentLens::new(SegmentLen::new(64 << 10)).at_least(SegmentLen::TWO_MIB);
         assert_eq!(configured.of(1 << 40).bytes(), 64 << 10);
     }
 

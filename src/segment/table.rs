@@ -65,6 +65,11 @@ impl SegmentTable {
         Ok(())
     }
 
+    /// Drops the records that `keep` does not want.
+    pub fn retain(&mut self, keep: impl FnMut(&SegmentRecord) -> bool) {
+        self.records.retain(keep);
+    }
+
     /// The records in order.
     pub fn records(&self) -> &[SegmentRecord] {
         &self.records

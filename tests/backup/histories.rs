@@ -103,7 +103,9 @@ impl History {
             ),
             Target::Directory => format!("provider = 'directory'\npath = '{dir}/r'\n"),
         };
-        site.program.configure(&format!("[defaults]\ntarget = 't'\nsegment-size = '64KiB'\n[target.t]\n{table}"));
+        // borg stores small changes of long segments by themselves.
+        let segment = if target == Target::Borg { "512KiB" } else { "64KiB" };
+        site.program.configure(&format!("[defaults]\ntarget = 't'\nsegment-size = '{segment}'\n[target.t]\n{table}"));
         site.program.run(&["target", "init"]).ok();
         let disks = ["scsi0", "virtio1"];
         for disk in disks {
@@ -276,7 +278,7 @@ impl History {
         self.failures += 1;
     }
 
-    /// Gets an archive's disks back with nothing but borg: its segments, each at its place.
+    /// Gets an archive's disks back with nothing but borg: its segments, each at its place, and the fine ones over them.
     fn extract(&self, archive: &str) -> PathBuf {
         let (dir, repository) = (self.site.program.dir().join("extracted"), self.site.program.dir().join("r"));
         fs::create_dir(&dir).unwrap();
@@ -293,12 +295,17 @@ impl History {
             let name = disk["name"].as_str().unwrap();
             let image = File::create(dir.join(format!("{name}.raw"))).unwrap();
             image.set_len(disk["size"].as_u64().unwrap()).unwrap();
-            let entries =
-                |dir: &Path| fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
-            for segment in entries(&dir.join("disks").join(name)).iter().flat_map(|shard| entries(shard)) {
-                let index = u64::from_str_radix(segment.file_name().unwrap().to_str().unwrap(), 16).unwrap();
-                let at = index * disk["segment_len"].as_u64().unwrap();
-                image.write_all_at(&fs::read(segment).unwrap(), at).unwrap();
+            let entries = |dir: &Path| {
+                let entries = fs::read_dir(dir).into_iter().flatten().map(|entry| entry.unwrap().path());
+                entries.collect::<Vec<_>>()
+            };
+            let layers = [(name.to_owned(), disk["segment_len"].as_u64().unwrap()), (format!("{name}+64k"), 64 << 10)];
+            for (layer, len) in layers {
+                let layer = dir.join("disks").join(layer);
+                for segment in entries(&layer).iter().flat_map(|shard| entries(shard)) {
+                    let index = u64::from_str_radix(segment.file_name().unwrap().to_str().unwrap(), 16).unwrap();
+                    image.write_all_at(&fs::read(segment).unwrap(), index * len).unwrap();
+                }
             }
         }
         dir

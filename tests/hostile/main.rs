@@ -49,7 +49,7 @@ const CASES: &[Case] = &[
     },
     Case {
         name: "a later version",
-        change: |t| t.manifest(|m| m["version"] = 2.into()),
+        change: |t| t.manifest(|m| m["version"] = 3.into()),
         codes: MISMATCH,
         says: "version",
     },

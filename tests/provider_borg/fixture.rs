@@ -4,13 +4,13 @@ pub use crate::borg::{possible, program};
 use bytes::Bytes;
 use jiff::{Timestamp, ToSpan};
 use pvebackup::{
-    archive::{ArchiveId, ArchiveName, Consistency, DiskEntry, Manifest},
+    archive::{ArchiveId, ArchiveName, Consistency, DiskEntry, FineEntry, Manifest},
     provider::{
         BackupInput, DiskInput, DiskQuery, Expected, Incremental, Outcome, Provider, ProviderError, SourceError,
         Stored,
         borg::{BorgOptions, BorgProvider, Passphrase},
     },
-    segment::{Segment, SegmentData, SegmentLen, SegmentTable},
+    segment::{DiskTables, Segment, SegmentData, SegmentLen, SegmentTable},
 };
 use std::{
     collections::BTreeMap,
@@ -189,10 +189,10 @@ impl Fixture {
 
     pub fn input(&self, archive: ArchiveName, disks: Vec<Disk>) -> BackupInput {
         let instant = self.clock.checked_add(250.microseconds()).unwrap();
-        let names: Vec<String> = disks.iter().map(|d| d.name.to_owned()).collect();
+        let shapes: Vec<_> = disks.iter().map(|d| (d.name.to_owned(), SIZE, segment_len())).collect();
         let make = {
             let archive = archive.clone();
-            move |tables: &[SegmentTable]| manifest(archive, instant, &names, tables)
+            move |tables: &[DiskTables]| manifest(archive, instant, &shapes, tables)
         };
         let disks = disks.into_iter().map(|disk| {
             let expected: Vec<Expected> = disk
@@ -225,6 +225,7 @@ impl Fixture {
                 base: disk.base,
                 expected,
                 changed: Box::new(changed),
+                fine: None,
             }
         });
         BackupInput {
@@ -247,7 +248,7 @@ impl Fixture {
     #[track_caller]
     pub fn use_base(&mut self, base: &ArchiveId, name: &str) -> (ArchiveId, SegmentTable) {
         match self.query(base, name) {
-            Incremental::Use(table) => (base.clone(), table),
+            Incremental::Use(tables) => (base.clone(), tables.segments),
             Incremental::New(reason) => panic!("not confirmed: {reason}"),
         }
     }
@@ -290,20 +291,30 @@ impl Fixture {
     }
 }
 
-pub fn manifest(archive: ArchiveName, instant: Timestamp, names: &[String], tables: &[SegmentTable]) -> Manifest {
-    let disks = names.iter().zip(tables).map(|(name, table)| DiskEntry {
+/// Of disks with these names, sizes and segments.
+pub fn manifest(
+    archive: ArchiveName,
+    instant: Timestamp,
+    shapes: &[(String, u64, SegmentLen)],
+    tables: &[DiskTables],
+) -> Manifest {
+    let digest = |table: &SegmentTable| blake3::Hash::from_bytes(table.digest()).to_hex().to_string();
+    let disks = shapes.iter().zip(tables).map(|((name, size, len), tables)| DiskEntry {
         name: name.clone(),
         device: format!("drive-{name}"),
-        size: SIZE,
-        segment_len: LEN,
-        data_bytes: table.data_bytes(segment_len(), SIZE),
-        digest: blake3::Hash::from_bytes(table.digest()).to_hex().to_string(),
+        size: *size,
+        segment_len: len.bytes(),
+        data_bytes: tables.data_bytes(*len, *size),
+        fine: Some(tables.fine.records().len() as u64)
+            .filter(|segments| *segments > 0)
+            .map(|segments| FineEntry { segments, digest: digest(&tables.fine) }),
+        digest: digest(&tables.segments),
         bitmap_action: "new".into(),
         reason: "test".into(),
         generation: None,
         read_bytes: 0,
     });
-    Manifest {
+    let empty = Manifest {
         version: Manifest::VERSION,
         program: "test".into(),
         archive,
@@ -311,10 +322,11 @@ pub fn manifest(archive: ArchiveName, instant: Timestamp, names: &[String], tabl
         guest_name: None,
         instant,
         consistency: Consistency::default(),
-        disks: disks.collect(),
+        disks: Vec::new(),
         skipped: Vec::new(),
         firewall: true,
-    }
+    };
+    empty.with_disks(disks.collect())
 }
 
 pub fn random(seed: u64) -> impl FnMut(u64) -> u64 {

@@ -9,7 +9,7 @@ use pvebackup::{
         Stored,
         directory::{DirectoryOptions, DirectoryProvider},
     },
-    segment::{Segment, SegmentData, SegmentLen, SegmentTable},
+    segment::{DiskTables, Segment, SegmentData, SegmentLen, SegmentTable},
 };
 use std::{
     collections::BTreeMap,
@@ -142,7 +142,7 @@ impl Fixture {
         let make = {
             let archive = archive.clone();
             let names: Vec<String> = disks.iter().map(|d| d.name.to_owned()).collect();
-            move |tables: &[SegmentTable]| manifest(archive, instant, &names, tables)
+            move |tables: &[DiskTables]| manifest(archive, instant, &names, tables)
         };
         let disks = disks.into_iter().map(|disk| {
             let watch = self.watch.clone();
@@ -164,6 +164,7 @@ impl Fixture {
                 base: disk.base,
                 expected: Vec::new(),
                 changed: Box::new(changed),
+                fine: None,
             }
         });
         BackupInput {
@@ -184,7 +185,7 @@ impl Fixture {
     #[track_caller]
     pub fn use_base(&mut self, base: &ArchiveId, name: &str) -> (ArchiveId, SegmentTable) {
         match self.query(base, name) {
-            Incremental::Use(table) => (base.clone(), table),
+            Incremental::Use(tables) => (base.clone(), tables.segments),
             Incremental::New(reason) => panic!("not confirmed: {reason}"),
         }
     }
@@ -212,14 +213,15 @@ impl Fixture {
     }
 }
 
-pub fn manifest(archive: ArchiveName, instant: Timestamp, names: &[String], tables: &[SegmentTable]) -> Manifest {
-    let disks = names.iter().zip(tables).map(|(name, table)| DiskEntry {
+pub fn manifest(archive: ArchiveName, instant: Timestamp, names: &[String], tables: &[DiskTables]) -> Manifest {
+    let disks = names.iter().zip(tables).map(|(name, tables)| DiskEntry {
         name: name.clone(),
         device: format!("drive-{name}"),
         size: SIZE,
         segment_len: LEN,
-        data_bytes: table.data_bytes(segment_len(), SIZE),
-        digest: blake3::Hash::from_bytes(table.digest()).to_hex().to_string(),
+        data_bytes: tables.segments.data_bytes(segment_len(), SIZE),
+        fine: None,
+        digest: blake3::Hash::from_bytes(tables.segments.digest()).to_hex().to_string(),
         bitmap_action: "new".into(),
         reason: "test".into(),
         generation: None,

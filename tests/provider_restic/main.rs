@@ -106,7 +106,7 @@ fn disks_with_different_bases_and_names_that_sort_oddly_share_an_archive() {
     });
     let mut answers = f.provider.query_incremental(&queries).unwrap().into_iter();
     let mut base = |id: &ArchiveId| match answers.next() {
-        Some(Incremental::Use(table)) => Some((id.clone(), table)),
+        Some(Incremental::Use(tables)) => Some((id.clone(), tables.segments)),
         other => panic!("{other:?}"),
     };
     let disks = vec![
@@ -412,7 +412,7 @@ fn two_bases_of_the_same_instant_never_mix() {
         });
         let answers = f.provider.query_incremental(&queries).unwrap();
         let disks = answers.into_iter().zip(queries).zip(["a", "b"]).map(|((answer, query), name)| match answer {
-            Incremental::Use(table) => Disk { name, base: Some((query.base, table)), changes: Vec::new() },
+            Incremental::Use(tables) => Disk { name, base: Some((query.base, tables.segments)), changes: Vec::new() },
             Incremental::New(reason) => panic!("{reason}"),
         });
         let disks = disks.collect();

@@ -32,7 +32,7 @@ pub(super) enum AccessCommand {
     /// Show the disks of an access as files
     ///
     /// `DIR/DISK` is the disk as it was when the access was set up, for qemu-img, dd, guestmount, loop devices. With `--view
-    /// segment` it is a directory of segments, `DIR/DISK/00000a/0000000a31`: those that changed have the time of the access, those
+    /// segment` it is a directory of segments, `DIR/DISK/00000a/000000a031`: those that changed have the time of the access, those
     /// that did not 1970, and those of zeroes are missing. Only root, or whoever mounts, can look there. A process in the
     /// background serves the files until they are unmounted (`pvebackup umount`) or the access ends. After `access setup --trim`,
     /// `fallocate --punch-hole` on an image discards that range: it frees fleecing space, and cannot be read again.

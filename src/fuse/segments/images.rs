@@ -2,7 +2,7 @@
 //! changed.
 //!
 //! ```text
-//! scsi0/00000a/0000000a31     a segment; its directory is the index shifted right by 8 bits
+//! scsi0/00000a/000000a031     a segment; its directory is the index shifted right by 12 bits
 //! ```
 //!
 //! Names and inode numbers are those of the [segment view](super). A segment of zeroes has no file. One that changed has the time of

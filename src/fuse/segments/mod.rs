@@ -3,8 +3,9 @@
 //!
 //! ```text
 //! guest.conf  firewall.conf
-//! disks/scsi0/00000a/0000000a31     one stored segment; its directory is the index shifted right by 8 bits
+//! disks/scsi0/00000a/000000a031     one stored segment; its directory is the index shifted right by 12 bits
 //! disks/scsi0.segments              the segment table
+//! disks/scsi0+64k/…                 fine segments, if there are any, and their table
 //! manifest.json
 //! ```
 //!
@@ -20,7 +21,7 @@ mod serve;
 use super::session::{directory_attributes, file_attributes};
 use crate::{
     provider::{MakeManifest, SourceError},
-    segment::{Segment, SegmentData, SegmentLen, SegmentRecord, SegmentTable},
+    segment::{DiskTables, Segment, SegmentData, SegmentLen, SegmentRecord, SegmentTable, layers::Layer},
 };
 use bytes::Bytes;
 use fuser::{Errno, FileAttr, FileType, INodeNo};
@@ -36,10 +37,10 @@ pub const MANIFEST: &str = "manifest.json";
 /// Name of the directory of all disks.
 pub const DISKS: &str = "disks";
 /// Bits of a segment's index that count inside one directory.
-const SHARD_BITS: u32 = 8;
+const SHARD_BITS: u32 = 12;
 /// Most segments of a disk: with more, directory names of six digits would no longer sort like numbers.
 pub const MAX_SEGMENTS: u64 = 1 << 32;
-/// Most disks.
+/// Most disks, each with its layers.
 pub const MAX_DISKS: usize = 256;
 /// Nothing changes while it is mounted.
 const TTL: Duration = Duration::from_hours(24);
@@ -47,7 +48,7 @@ const TTL: Duration = Duration::from_hours(24);
 /// new as the newest file of a run, since that could still change unnoticed.
 const NEWER: Duration = Duration::from_secs(1);
 
-/// Path of a segment's file, relative to the tree.
+/// Path of a segment's file, relative to the tree; `disk` as [`Layer::name`] has it.
 pub fn segment_path(disk: &str, index: u64) -> String {
     format!("{DISKS}/{disk}/{}/{}", shard_name(index >> SHARD_BITS), segment_name(index))
 }
@@ -61,7 +62,8 @@ fn shard_name(shard: u64) -> String {
     format!("{shard:06x}")
 }
 
-fn segment_name(index: u64) -> String {
+/// Name of a segment's file.
+pub fn segment_name(index: u64) -> String {
     format!("{index:010x}")
 }
 
@@ -95,9 +97,11 @@ pub enum ViewFailure {
     },
 }
 
-/// One disk of a view.
+/// One layer of a disk of a view.
 pub struct DiskPlan {
-    /// Name as shown; a plain file name.
+    /// Which. The fine one stands behind the other.
+    pub layer: Layer,
+    /// Name as shown, [`Layer::name`]; a plain file name.
     pub name: String,
     /// Size in bytes.
     pub size: u64,
@@ -120,8 +124,10 @@ pub struct Seen {
     pub tables: Vec<SeenTable>,
 }
 
-/// A disk's segment table.
+/// The segment table of a layer of a disk.
 pub struct SeenTable {
+    /// Which.
+    pub layer: Layer,
     /// The disk.
     pub disk: String,
     /// Its size in bytes.
@@ -287,7 +293,8 @@ impl SegmentView {
             }
         }
         let tables = state.disks.iter().map(|disk| SeenTable {
-            disk: disk.plan.name.clone(),
+            layer: disk.plan.layer,
+            disk: Layer::of(&disk.plan.name).1.to_owned(),
             size: disk.plan.size,
             segment_len: disk.plan.segment_len,
             bytes: disk.table.clone().unwrap_or_default(),
@@ -424,10 +431,14 @@ impl SegmentView {
 
     fn finish_manifest(&self, state: &mut State) -> Result<(), ViewFailure> {
         let Some(make) = state.make_manifest.take() else { return Ok(()) };
-        let mut tables = Vec::with_capacity(state.disks.len());
+        let mut tables: Vec<DiskTables> = Vec::with_capacity(state.disks.len());
         for at in 0..state.disks.len() {
             self.finish_table(state, at)?;
-            tables.push(state.disks[at].table()?);
+            let table = state.disks[at].table()?;
+            match (state.disks[at].plan.layer, tables.last_mut()) {
+                (Layer::Fine, Some(disk)) => disk.fine = table,
+                _ => tables.push(table.into()),
+            }
         }
         let bytes = make(&tables).to_bytes().map_err(|e| ViewFailure::Contract {
             disk: tables.len().to_string(),
@@ -589,7 +600,7 @@ mod tests {
             Node::Segment(0, MAX_SEGMENTS - 1),
             Node::Table(0),
             Node::Disk(1),
-            Node::Table(MAX_DISKS - 1),
+            Node::Table(2 * MAX_DISKS - 1),
             Node::Manifest,
         ];
         assert!(nodes.map(Node::inode).is_sorted_by(|a, b| a < b));

@@ -41,15 +41,15 @@ mod store;
 pub use options::{BorgOptions, Passphrase};
 
 use super::{
-    ArchiveInfo, ArchiveReader, BackupInput, DiskQuery, ErrorKind, Incremental, Outcome, Provider, ProviderError,
-    PruneRequest, Pruned, Stored,
+    ArchiveInfo, ArchiveReader, BackupInput, DiskQuery, ErrorKind, Incremental, Mechanism, Outcome, Provider,
+    ProviderError, PruneRequest, Pruned, Stored,
 };
 use crate::{
     archive::{ArchiveId, ArchiveName},
     config::create_private_dir,
     fuse::{Mount, mounts},
     report::{Events, spelled_out},
-    segment::SegmentTable,
+    segment::{DiskTables, layers::Layer},
 };
 use command::{Borg, Call};
 use jiff::Timestamp;
@@ -241,8 +241,8 @@ impl BorgProvider {
     }
 }
 
-/// A disk's segment table as its base archive has it; the error is the reason for a full backup.
-fn base_table(reader: &Reader, query: &DiskQuery) -> Result<SegmentTable, String> {
+/// A disk's segment tables as its base archive has them; the error is the reason for a full backup.
+fn base_tables(reader: &Reader, query: &DiskQuery) -> Result<DiskTables, String> {
     let manifest = reader.manifest().map_err(|e| e.to_string())?;
     let entry = manifest.disk(&query.name).ok_or("the base archive does not have the disk")?;
     if (entry.size, entry.segment_len) != (query.size, query.segment_len.bytes()) {
@@ -254,7 +254,8 @@ fn base_table(reader: &Reader, query: &DiskQuery) -> Result<SegmentTable, String
             entry.segment_len
         ));
     }
-    reader.checked_table(entry).map_err(|e| e.to_string())
+    let table = |layer| reader.checked_table(entry, layer).map_err(|e| e.to_string());
+    Ok(DiskTables { segments: table(Layer::Segments)?, fine: table(Layer::Fine)? })
 }
 
 impl Provider for BorgProvider {
@@ -304,6 +305,10 @@ impl Provider for BorgProvider {
             .ok_or_else(|| ProviderError::new(ErrorKind::Other, "no time is left for an archive's name"))
     }
 
+    fn mechanism(&self) -> Mechanism {
+        Mechanism::Layers
+    }
+
     fn mountpoint(&self, guest: &str) -> Option<PathBuf> {
         Some(self.borg.options().view(guest))
     }
@@ -311,19 +316,20 @@ impl Provider for BorgProvider {
     fn query_incremental(&mut self, disks: &[DiskQuery]) -> Result<Vec<Incremental>, ProviderError> {
         let listing = self.just_listed()?;
         let mut readers: HashMap<ArchiveName, Reader> = HashMap::new();
-        let mut table = |query: &DiskQuery| {
+        let mut tables = |query: &DiskQuery| {
             let (name, known) = self.known_base(&listing, query)?;
-            if let Some(table) = known.table(self.borg.options(), name.guest(), query) {
-                return Ok(table);
+            if let Some(tables) = known.tables(self.borg.options(), name.guest(), query) {
+                return Ok(tables);
             }
-            base_table(readers.entry(name.clone()).or_insert_with(|| Reader::new(self.borg.clone(), name)), query)
+            base_tables(readers.entry(name.clone()).or_insert_with(|| Reader::new(self.borg.clone(), name)), query)
         };
-        let answers = disks.iter().map(|query| table(query).map_or_else(Incremental::New, Incremental::Use)).collect();
+        let answers = disks.iter().map(|query| tables(query).map_or_else(Incremental::New, Incremental::Use)).collect();
         self.listed = Some(listing);
         Ok(answers)
     }
 
     fn backup(&mut self, input: BackupInput) -> Result<Stored, ProviderError> {
+        self.listed = None;
         let stored = self.store(input)?;
         self.added = stored.added_bytes;
         Ok(stored)

@@ -2,8 +2,8 @@
 //!
 //! Starting borg takes some tenths of a second, too long for every segment. A disk is therefore read as one stream: `borg
 //! extract --stdout` writes the contents of all its segments one after the other, in the order of the segment table, which says
-//! how long each is. Threads that restore ask in about that order; what comes too early for one is kept for a while. Whatever
-//! does not fit is extracted by itself.
+//! how long each is. Its fine segments are another stream. Threads that restore ask in about that order; what comes too early
+//! for one is kept for a while. Whatever does not fit is extracted by itself, fine segments with those behind them.
 
 use super::{
     MAX_MANIFEST,
@@ -11,9 +11,9 @@ use super::{
 };
 use crate::{
     archive::{ArchiveName, DiskEntry, Manifest},
-    fuse::segments::{DISKS, MANIFEST, segment_path, table_path},
+    fuse::segments::{DISKS, MANIFEST, segment_name, segment_path, table_path},
     provider::{ArchiveReader, ErrorKind, ProviderError},
-    segment::SegmentTable,
+    segment::{SegmentLen, SegmentTable, layers::Layer},
 };
 use bytes::Bytes;
 use std::{
@@ -25,6 +25,8 @@ use std::{
 
 /// Bytes of segments that are kept because they were not asked for yet, for each disk.
 const WINDOW: u64 = 64 << 20;
+/// Fine segments that are extracted together: with the first of a segment come the others.
+const TOGETHER: usize = 64;
 
 /// One archive.
 pub(super) struct Reader {
@@ -37,10 +39,15 @@ pub(super) struct Reader {
 
 /// The contents of a disk as borg writes them.
 struct Stream {
-    /// Index and length of the segments still to come, the next one last.
-    coming: Vec<(u64, u64)>,
+    layer: Layer,
+    /// Index and length of all segments.
+    segments: Vec<(u64, u64)>,
+    /// The next one that borg writes.
+    next: usize,
     early: HashMap<u64, Bytes>,
     early_bytes: u64,
+    /// What came along with the last one that was extracted by itself.
+    beside: HashMap<u64, Bytes>,
     /// `None` before it was started and after it has failed.
     output: Option<(Running, ChildStdout)>,
 }
@@ -54,19 +61,24 @@ impl Reader {
         ProviderError::new(ErrorKind::Damaged, format!("archive {}: {what}", self.name))
     }
 
-    fn start(&self, pattern: String) -> Result<Running, ProviderError> {
+    fn start(&self, patterns: Vec<String>) -> Result<Running, ProviderError> {
         self.borg.start(&Call {
             verb: "extract",
             options: vec!["--stdout".into()],
             archive: Some(&self.name.to_string()),
-            arguments: vec![pattern],
+            arguments: patterns,
             ..Call::default()
         })
     }
 
     fn extract(&self, path: &str, limit: u64) -> Result<Vec<u8>, ProviderError> {
+        self.extract_all(path, vec![format!("pp:{path}")], limit)
+    }
+
+    /// What the patterns match, in the archive's order; `path` is for messages.
+    fn extract_all(&self, path: &str, patterns: Vec<String>, limit: u64) -> Result<Vec<u8>, ProviderError> {
         let what = format!("`{path}` of archive {}", self.name);
-        let finished = self.start(format!("pp:{path}"))?.finish(&format!("borg extract {path}"), limit)?;
+        let finished = self.start(patterns)?.finish(&format!("borg extract {path}"), limit)?;
         if !finished.ran() {
             return Err(finished.error(&format!("{what} cannot be read")));
         }
@@ -95,37 +107,79 @@ impl Reader {
         })
     }
 
-    /// The segment table of a disk, compared with the manifest.
-    pub(super) fn checked_table(&self, entry: &DiskEntry) -> Result<SegmentTable, ProviderError> {
+    /// The segment table of a layer of a disk, compared with the manifest.
+    pub(super) fn checked_table(&self, entry: &DiskEntry, layer: Layer) -> Result<SegmentTable, ProviderError> {
         let wrong = |e: &dyn std::error::Error| self.damaged(format!("disk `{}`: {e}", entry.name));
-        let len = entry.segments().map_err(|e| wrong(&e))?;
-        let bytes = self.kept(&table_path(&entry.name), SegmentTable::longest(len, entry.size))?;
+        let (len, digest) = match (layer, &entry.fine) {
+            (Layer::Segments, _) => (entry.segments().map_err(|e| wrong(&e))?, &entry.digest),
+            (Layer::Fine, Some(fine)) => (SegmentLen::FINE, &fine.digest),
+            (Layer::Fine, None) => return Ok(SegmentTable::new()),
+        };
+        let name = layer.name(&entry.name);
+        let bytes = self.kept(&table_path(&name), SegmentTable::longest(len, entry.size))?;
         let table = SegmentTable::from_bytes(&bytes, len, entry.size).map_err(|e| wrong(&e))?;
-        if blake3::Hash::from_bytes(table.digest()).to_hex().as_str() != entry.digest {
-            return Err(
-                self.damaged(format!("the segment table of disk `{}` does not belong to the manifest", entry.name))
-            );
+        if blake3::Hash::from_bytes(table.digest()).to_hex().as_str() != digest {
+            return Err(self.damaged(format!("the segment table of disk `{name}` does not belong to the manifest")));
         }
         Ok(table)
     }
 
-    fn stream(&self, disk: &str) -> Result<Arc<Mutex<Stream>>, ProviderError> {
+    /// `name` is that of a layer.
+    fn stream(&self, name: &str) -> Result<Arc<Mutex<Stream>>, ProviderError> {
         let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(stream) = streams.get(disk) {
+        if let Some(stream) = streams.get(name) {
             return Ok(Arc::clone(stream));
         }
         let manifest = self.manifest()?;
+        let (layer, disk) = Layer::of(name);
         let entry = manifest.disk(disk).ok_or_else(|| self.damaged(format!("it has no disk `{disk}`")))?;
-        let len = entry.segments().map_err(|e| self.damaged(e))?;
-        let table = self.checked_table(entry)?;
-        let mut coming: Vec<(u64, u64)> = Vec::with_capacity(table.records().len());
-        coming.extend(table.records().iter().filter_map(|r| Some((r.index, len.range(r.index, entry.size)?.1))));
-        coming.reverse();
-        let mut running = self.start(format!("pp:{DISKS}/{disk}"))?;
+        let len = match layer {
+            Layer::Segments => entry.segments().map_err(|e| self.damaged(e))?,
+            Layer::Fine => SegmentLen::FINE,
+        };
+        let table = self.checked_table(entry, layer)?;
+        let mut segments: Vec<(u64, u64)> = Vec::with_capacity(table.records().len());
+        segments.extend(table.records().iter().filter_map(|r| Some((r.index, len.range(r.index, entry.size)?.1))));
+        let mut running = self.start(vec![format!("pp:{DISKS}/{name}")])?;
         let output = running.take_output().map(|output| (running, output));
-        let stream = Arc::new(Mutex::new(Stream { coming, early: HashMap::new(), early_bytes: 0, output }));
-        streams.insert(disk.to_owned(), Arc::clone(&stream));
+        let stream =
+            Stream { layer, segments, next: 0, early: HashMap::new(), early_bytes: 0, beside: HashMap::new(), output };
+        let stream = Arc::new(Mutex::new(stream));
+        streams.insert(name.to_owned(), Arc::clone(&stream));
         Ok(stream)
+    }
+
+    /// A segment that does not come soon. `name` is that of a layer.
+    fn beside_the_stream(
+        &self,
+        name: &str,
+        index: u64,
+        len: u64,
+        stream: &Mutex<Stream>,
+    ) -> Result<Bytes, ProviderError> {
+        let wanted = {
+            let stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
+            let first = stream.segments.partition_point(|(known, _)| *known < index);
+            let together = if stream.layer == Layer::Fine { TOGETHER } else { 1 };
+            let rest = stream.segments[first..].iter().take(together);
+            let wanted: Vec<(u64, u64)> = rest.copied().collect();
+            if wanted.first() == Some(&(index, len)) { wanted } else { vec![(index, len)] }
+        };
+        // Archives of other versions have other directories.
+        let patterns = wanted.iter().map(|(index, _)| format!("sh:{DISKS}/{name}/*/{}", segment_name(*index)));
+        let total = wanted.iter().map(|(_, len)| len).sum();
+        let mut bytes = Bytes::from(self.extract_all(&segment_path(name, index), patterns.collect(), total)?);
+        if bytes.len() as u64 != total {
+            return Err(self.damaged(format!(
+                "segment {index} of `{name}` (and {} behind it) has {} bytes instead of {total}",
+                wanted.len() - 1,
+                bytes.len()
+            )));
+        }
+        let first = bytes.split_to(len as usize);
+        let rest = wanted[1..].iter().map(|(index, len)| (*index, bytes.split_to(*len as usize))).collect();
+        stream.lock().unwrap_or_else(PoisonError::into_inner).beside = rest;
+        Ok(first)
     }
 }
 
@@ -136,8 +190,11 @@ impl Stream {
             self.early_bytes -= bytes.len() as u64;
             return Some(bytes);
         }
+        if let Some(bytes) = self.beside.remove(&index) {
+            return Some(bytes);
+        }
         let mut ahead = self.early_bytes;
-        let mut soon = self.coming.iter().rev().take_while(|(_, len)| {
+        let mut soon = self.segments[self.next..].iter().take_while(|(_, len)| {
             let fits = ahead <= WINDOW;
             ahead += len;
             fits
@@ -146,15 +203,16 @@ impl Stream {
             return None;
         }
         loop {
-            let (next, len) = self.coming.pop()?;
+            let (next, len) = *self.segments.get(self.next)?;
+            self.next += 1;
             let mut bytes = vec![0; len as usize];
             if self.output.as_mut().is_none_or(|(_, output)| output.read_exact(&mut bytes).is_err()) {
                 // Whoever asks gets borg's own words by asking for the one file.
                 self.output = None;
-                self.coming.clear();
+                self.next = self.segments.len();
                 return None;
             }
-            if self.coming.is_empty()
+            if self.next == self.segments.len()
                 && let Some((running, _)) = self.output.take()
             {
                 // Nothing comes any more, so this is only borg's way out.
@@ -183,7 +241,7 @@ impl ArchiveReader for Reader {
         let streamed = stream.lock().unwrap_or_else(PoisonError::into_inner).take(index);
         let bytes = match streamed {
             Some(bytes) => bytes,
-            None => self.extract(&segment_path(disk, index), len)?.into(),
+            None => self.beside_the_stream(disk, index, len, &stream)?,
         };
         if bytes.len() as u64 != len {
             return Err(

@@ -14,8 +14,8 @@ use crate::{
         LARGEST_REQUEST, Mount, MountOptions,
         segments::{DiskPlan, MANIFEST, MAX_DISKS, MAX_SEGMENTS, Seen, SeenTable, SegmentView, ViewFailure},
     },
-    provider::{BackupInput, DiskInput, DiskQuery, ErrorKind, ProviderError, Stored},
-    segment::{SegmentLen, SegmentRecord, SegmentTable},
+    provider::{BackupInput, DiskInput, DiskQuery, ErrorKind, FineInput, ProviderError, Stored},
+    segment::{DiskTables, SegmentLen, SegmentRecord, SegmentTable, layers::Layer},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -50,6 +50,9 @@ pub(super) struct KnownDisk {
     segment_len: u64,
     /// BLAKE3 of the copy of its segment table that is kept here: to ask borg for it would be one more start.
     table: String,
+    /// The same of its fine segments, if it has any.
+    #[serde(default)]
+    fine: Option<String>,
 }
 
 impl Known {
@@ -58,27 +61,40 @@ impl Known {
         fs::read(options.known(guest)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
     }
 
-    /// The kept segment table of a disk; `None` when it is lost, or is not that of the disk as it is.
-    pub(super) fn table(&self, options: &BorgOptions, guest: &str, query: &DiskQuery) -> Option<SegmentTable> {
+    /// The kept segment tables of a disk; `None` when they are lost, or are not those of the disk as it is.
+    pub(super) fn tables(&self, options: &BorgOptions, guest: &str, query: &DiskQuery) -> Option<DiskTables> {
         let disk = self.disks.get(&query.name)?;
         if (disk.size, disk.segment_len) != (query.size, query.segment_len.bytes()) {
             return None;
         }
-        let bytes = fs::read(options.known_table(guest, &query.name)).ok()?;
-        let whole = blake3::hash(&bytes).to_hex().as_str() == disk.table;
-        SegmentTable::from_bytes(&bytes, query.segment_len, query.size).ok().filter(|_| whole)
+        let kept = |layer: Layer, len, hash: &str| {
+            let bytes = fs::read(options.known_table(guest, &layer.name(&query.name))).ok()?;
+            let whole = blake3::hash(&bytes).to_hex().as_str() == hash;
+            SegmentTable::from_bytes(&bytes, len, query.size).ok().filter(|_| whole)
+        };
+        let segments = kept(Layer::Segments, query.segment_len, &disk.table)?;
+        let fine = match &disk.fine {
+            None => SegmentTable::new(),
+            Some(hash) => kept(Layer::Fine, SegmentLen::FINE, hash)?,
+        };
+        Some(DiskTables { segments, fine })
     }
 
-    /// Takes note of a disk's last archive.
+    /// Takes note of a disk's last archive. Of its layers the fine one comes last.
     fn learn(&mut self, options: &BorgOptions, guest: &str, seen: &SeenTable, archive: &ArchiveId) {
-        let path = options.known_table(guest, &seen.disk);
+        let path = options.known_table(guest, &seen.layer.name(&seen.disk));
         let directory = path.parent().unwrap_or(&path);
         if let Err(error) = create_private_dir(directory).and_then(|()| replace(&path, &seen.bytes)) {
             tracing::debug!("{}: {error}", path.display());
         }
         let (size, segment_len) = (seen.size, seen.segment_len.bytes());
         let table = blake3::hash(&seen.bytes).to_hex().to_string();
-        self.disks.insert(seen.disk.clone(), KnownDisk { archive: archive.clone(), size, segment_len, table });
+        if let (Layer::Fine, Some(disk)) = (seen.layer, self.disks.get_mut(&seen.disk)) {
+            disk.fine = Some(table);
+        } else {
+            let disk = KnownDisk { archive: archive.clone(), size, segment_len, table, fine: None };
+            self.disks.insert(seen.disk.clone(), disk);
+        }
     }
 
     /// Not synced: losing it costs a full backup.
@@ -170,11 +186,17 @@ impl BorgProvider {
         let instant = input.instant.as_microsecond();
         check_names(&input)?;
         let mut plans = Vec::with_capacity(input.disks.len());
-        for disk in input.disks {
+        for mut disk in input.disks {
+            let fine = disk.fine.take();
+            let (name, size) = (disk.name.clone(), disk.size);
             plans.push(plan(disk, instant)?);
+            // Fine segments have no files where there are none.
+            plans.extend(
+                fine.map(|fine| plan_fine(&name, size, fine, instant)).transpose()?.filter(|p| !p.records.is_empty()),
+            );
         }
-        // A small write changes half a segment then. Shorter chunks would cost every backup more: borg has all of the repository's
-        // in memory, and one length counts for all disks.
+        // Shorter chunks would cost every backup more: borg has all of the repository's in memory, and one length counts for all
+        // disks.
         let longest = plans.iter().map(|plan| plan.segment_len.bytes()).max().unwrap_or(SegmentLen::MAX);
         let chunk_len = (longest / 2).max(SegmentLen::MIN);
         let mut paths: Vec<String> = input.members.iter().map(|member| member.0.clone()).collect();
@@ -323,7 +345,8 @@ fn check_names(input: &BackupInput) -> Result<(), ProviderError> {
             && name.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'/' | b'\\' | b'"'))
     };
     let mut names = HashSet::new();
-    let disks = input.disks.iter().flat_map(|disk| [disk.name.clone(), format!("{}.segments", disk.name)]);
+    let layers = |disk: &DiskInput| [Layer::Segments, Layer::Fine].map(|layer| layer.name(&disk.name));
+    let disks = input.disks.iter().flat_map(layers).flat_map(|name| [format!("{name}.segments"), name]);
     let fits = input.disks.len() <= MAX_DISKS && input.members.len() < 64;
     let mut top: HashSet<&str> = ["disks", MANIFEST].into();
     if !fits
@@ -338,40 +361,76 @@ fn check_names(input: &BackupInput) -> Result<(), ProviderError> {
 /// The segments of the new archive: the base's, overwritten by what is expected. Segments that are known to be zero are left
 /// out, and so are those that the base only has because it did not know that.
 fn plan(disk: DiskInput, instant: i64) -> Result<DiskPlan, ProviderError> {
-    let count = disk.segment_len.count(disk.size);
-    let wrong = |what: &str| ProviderError::new(ErrorKind::Source, format!("disk `{}`: {what}", disk.name));
-    if count > MAX_SEGMENTS {
-        return Err(wrong("it has too many segments"));
-    }
-    if disk.expected.last().is_some_and(|last| last.index >= count)
-        || !disk.expected.is_sorted_by(|a, b| a.index < b.index)
-    {
-        return Err(wrong("what will change is out of order"));
-    }
     let mut zero: HashMap<u64, [u8; 32]> = HashMap::new();
     let mut is_zero = |record: &SegmentRecord| {
         let len = disk.segment_len.range(record.index, disk.size).map_or(0, |(_, len)| len);
         *zero.entry(len).or_insert_with(|| *blake3::hash(&vec![0; len as usize]).as_bytes()) == record.digest
     };
-    let base = disk.base.as_ref().map_or(&[][..], |(_, table)| table.records());
-    if base.iter().any(|record| record.stored_at >= instant) {
-        return Err(wrong("the base archive has segments that are not older than this backup: the clock went back"));
+    let mut base = disk.base.map(|(_, table)| table).unwrap_or_default();
+    base.retain(|record| !is_zero(record));
+    let expected = disk.expected.iter().map(|expected| (expected.index, expected.zero));
+    let count = disk.segment_len.count(disk.size);
+    let records = overwritten(&base, expected, count, instant).map_err(|what| wrong(&disk.name, what))?;
+    Ok(DiskPlan {
+        layer: Layer::Segments,
+        name: disk.name,
+        size: disk.size,
+        segment_len: disk.segment_len,
+        records,
+        changed: disk.changed,
+    })
+}
+
+/// The same for a disk's fine segments, which may well be zero.
+fn plan_fine(disk: &str, size: u64, fine: FineInput, instant: i64) -> Result<DiskPlan, ProviderError> {
+    let expected = fine.expected.iter().map(|index| (*index, false));
+    let records =
+        overwritten(&fine.base, expected, SegmentLen::FINE.count(size), instant).map_err(|e| wrong(disk, e))?;
+    Ok(DiskPlan {
+        layer: Layer::Fine,
+        name: Layer::Fine.name(disk),
+        size,
+        segment_len: SegmentLen::FINE,
+        records,
+        changed: fine.changed,
+    })
+}
+
+fn wrong(disk: &str, what: &str) -> ProviderError {
+    ProviderError::new(ErrorKind::Source, format!("disk `{disk}`: {what}"))
+}
+
+/// The base's records, overwritten by what is expected, each with whether it is zero and thus left out.
+fn overwritten(
+    base: &SegmentTable,
+    expected: impl Iterator<Item = (u64, bool)>,
+    count: u64,
+    instant: i64,
+) -> Result<Vec<SegmentRecord>, &'static str> {
+    if count > MAX_SEGMENTS {
+        return Err("it has too many segments");
     }
-    let mut old = base.iter().peekable();
-    let mut records = Vec::with_capacity(base.len());
-    for expected in &disk.expected {
-        while let Some(record) = old.next_if(|record| record.index < expected.index) {
-            if !is_zero(record) {
-                records.push(*record);
-            }
+    if base.records().iter().any(|record| record.stored_at >= instant) {
+        return Err("the base archive has segments that are not older than this backup: the clock went back");
+    }
+    let mut old = base.records().iter().peekable();
+    let mut records = Vec::with_capacity(base.records().len());
+    let mut next = 0;
+    for (index, zero) in expected {
+        if index < next || index >= count {
+            return Err("what will change is out of order");
         }
-        old.next_if(|record| record.index == expected.index);
-        if !expected.zero {
-            records.push(SegmentRecord { index: expected.index, stored_at: instant, digest: [0; 32] });
+        next = index + 1;
+        while let Some(record) = old.next_if(|record| record.index < index) {
+            records.push(*record);
+        }
+        old.next_if(|record| record.index == index);
+        if !zero {
+            records.push(SegmentRecord { index, stored_at: instant, digest: [0; 32] });
         }
     }
-    records.extend(old.filter(|record| !is_zero(record)));
-    Ok(DiskPlan { name: disk.name, size: disk.size, segment_len: disk.segment_len, records, changed: disk.changed })
+    records.extend(old);
+    Ok(records)
 }
 
 #[cfg(test)]
@@ -396,6 +455,7 @@ mod tests {
                 base: Some((ArchiveId("x".into()), table.clone())),
                 expected: expected.to_vec(),
                 changed: Box::new(std::iter::empty()),
+                fine: None,
             };
             plan(disk, instant)
         };

@@ -229,7 +229,7 @@ impl DirectoryProvider {
             let reason = format!("the base archive consists of {} images already", confirmed.links.len());
             return Ok(Incremental::New(reason));
         }
-        Ok(Incremental::Use(confirmed.table))
+        Ok(Incremental::Use(confirmed.table.into()))
     }
 
     /// Holds the guest's directory for us, as long as what is returned lives, and removes what dead runs left in it.

@@ -117,6 +117,7 @@ impl Writer<'_> {
         for disk in input.disks {
             tables.push(self.disk(&disks, disk, instant, &input.cancel)?);
         }
+        let tables: Vec<_> = tables.into_iter().map(Into::into).collect();
         let manifest = (input.manifest)(&tables);
         let bytes = manifest
             .to_bytes()

@@ -300,7 +300,7 @@ impl Provider for ResticProvider {
                 Ok(disk) => {
                     let table = disk.table.clone();
                     confirmed.insert((query.base.clone(), query.name.clone()), disk);
-                    Incremental::Use(table)
+                    Incremental::Use(table.into())
                 }
                 Err(gap) => Incremental::New(self.reason(&gap)),
             });

@@ -10,7 +10,7 @@
 use super::layout::{self, Shape};
 use crate::{
     provider::{BackupInput, DiskInput, ErrorKind, MakeManifest, ProviderError, SourceError},
-    segment::{DiskItem, SegmentData, SegmentTable, merge},
+    segment::{DiskItem, DiskTables, SegmentData, SegmentTable, merge},
 };
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -339,10 +339,11 @@ impl Entries {
                 self.in_memory(Path::new(layout::DISKS).join(&name), &name, content)
             }
             Step::Manifest => {
-                let tables: Vec<SegmentTable> = self.disks.iter_mut().map(|d| std::mem::take(&mut d.table)).collect();
+                let tables: Vec<DiskTables> =
+                    self.disks.iter_mut().map(|d| std::mem::take(&mut d.table).into()).collect();
                 let manifest = self.manifest.take().map(|make| make(&tables).to_bytes());
                 for (disk, table) in self.disks.iter_mut().zip(tables) {
-                    disk.table = table;
+                    disk.table = table.segments;
                 }
                 let content = match manifest {
                     Some(Ok(bytes)) => bytes,

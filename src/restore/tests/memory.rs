@@ -1,9 +1,9 @@
 //! An archive in memory: a real reader with handles to break it.
 
 use crate::{
-    archive::{Consistency, DiskEntry, Manifest},
+    archive::{Consistency, DiskEntry, FineEntry, Manifest},
     provider::{ArchiveReader, ErrorKind, ProviderError},
-    segment::{SegmentLen, SegmentRecord, SegmentTable},
+    segment::{DiskTables, SegmentLen, SegmentRecord, SegmentTable, layers::Layer},
 };
 use bytes::Bytes;
 use std::{
@@ -90,6 +90,7 @@ impl Memory {
                 size,
                 segment_len: len.bytes(),
                 data_bytes: table.data_bytes(len, size),
+                fine: None,
                 digest: blake3::Hash::from_bytes(table.digest()).to_hex().to_string(),
                 bitmap_action: "new".into(),
                 reason: "first backup".into(),
@@ -99,6 +100,28 @@ impl Memory {
             memory.tables.insert(disk.name.to_owned(), table.to_bytes());
         }
         memory
+    }
+
+    /// Lays fine segments over a disk of the archive: those at `indices`, with what `now` has there.
+    pub(crate) fn overlaid(mut self, now: &Model, len: SegmentLen, indices: &[u64]) -> Self {
+        let (size, name) = (now.content.len() as u64, Layer::Fine.name(now.name));
+        let segments = SegmentTable::from_bytes(&self.tables[now.name], len, size).expect("its own table");
+        let mut tables = DiskTables::from(segments);
+        for index in indices.iter().copied() {
+            let (offset, bytes) = SegmentLen::FINE.range(index, size).expect("on the disk");
+            let bytes = Bytes::copy_from_slice(&now.content[offset as usize..(offset + bytes) as usize]);
+            let digest = *blake3::hash(&bytes).as_bytes();
+            tables.fine.push(SegmentRecord { index, stored_at: 2, digest }).expect("ordered");
+            self.segments.insert((name.clone(), index), bytes);
+        }
+        let entry = self.manifest.disks.iter_mut().find(|d| d.name == now.name).expect("in the archive");
+        entry.data_bytes = tables.data_bytes(len, size);
+        let digest = blake3::Hash::from_bytes(tables.fine.digest()).to_hex().to_string();
+        entry.fine = Some(FineEntry { segments: indices.len() as u64, digest });
+        self.tables.insert(name, tables.fine.to_bytes());
+        let disks = self.manifest.disks.clone();
+        self.manifest = self.manifest.with_disks(disks);
+        self
     }
 
     /// Makes a disk of `size` bytes of its first segment, with variations of it all over.

@@ -1,6 +1,7 @@
 //! Whole restores of archives in memory.
 
 mod damage;
+mod layers;
 pub(crate) mod memory;
 mod targets;
 

@@ -101,7 +101,7 @@ fn log(mounted: &Value) -> String {
 }
 
 fn segment(dir: &Path, disk: &str, index: u64) -> PathBuf {
-    dir.join(disk).join(format!("{:06x}", index >> 8)).join(format!("{index:010x}"))
+    dir.join(disk).join(format!("{:06x}", index >> 12)).join(format!("{index:010x}"))
 }
 
 /// Joins the segments of a disk as a shell loop would.
