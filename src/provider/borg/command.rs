@@ -95,9 +95,7 @@ impl Borg {
     /// Starts a command on the repository.
     pub(super) fn start(&self, call: &Call<'_>) -> Result<Running, ProviderError> {
         let mut command = self.command(call.verb);
-        // borg takes whole seconds; 0 would be not to wait at all.
-        let lock_wait = self.0.lock_wait.as_millis().div_ceil(1000);
-        command.args(["--log-json", "--lock-wait", &lock_wait.to_string()]);
+        command.args(["--log-json", "--lock-wait", &whole_seconds(self.0.lock_wait).to_string()]);
         if call.progress.is_some() {
             command.arg("--progress");
         }
@@ -138,6 +136,11 @@ impl Borg {
             format!("`{program}` says `{text}`, but borg 1.2 or a later 1.x is needed; nothing was done"),
         ))
     }
+}
+
+/// As borg takes times; 0 would be not to wait at all.
+fn whole_seconds(time: Duration) -> u128 {
+    time.as_millis().div_ceil(1000)
 }
 
 /// What tells a program's file from any other, also from one that takes its place.
@@ -308,6 +311,12 @@ fn read_log(stderr: impl Read, progress: Option<&Progress>) -> Vec<Message> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wait_of_less_than_a_second_is_not_none() {
+        let seconds = [0, 1, 500, 1000, 1001].map(|millis| whole_seconds(Duration::from_millis(millis)));
+        assert_eq!(seconds, [0, 1, 1, 1, 2]);
+    }
 
     #[test]
     fn borgs_from_1_2_on_are_known() {
