@@ -16,9 +16,11 @@ use crate::{
     segment::{SegmentLen, SegmentTable, layers::Layer},
 };
 use bytes::Bytes;
+use nix::poll::{PollFd, PollFlags, poll};
 use std::{
     collections::HashMap,
     io::Read,
+    os::fd::AsFd,
     process::ChildStdout,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -28,6 +30,9 @@ const WINDOW: u64 = 64 << 20;
 /// Fine segments that are extracted together: with the first of a segment come the others.
 const TOGETHER: usize = 64;
 
+/// How long the next borg is not started because one that writes a stream has written nothing yet, in milliseconds.
+const PATIENCE: u16 = 10_000;
+
 /// One archive.
 pub(super) struct Reader {
     borg: Borg,
@@ -35,6 +40,8 @@ pub(super) struct Reader {
     /// Manifest and segment tables, by path.
     kept: Mutex<HashMap<String, Bytes>>,
     streams: Mutex<HashMap<String, Arc<Mutex<Stream>>>>,
+    /// Held while a borg is on its way to the repository's lock: who meets another there sleeps for a tenth of `lock-wait`.
+    starting: Mutex<()>,
 }
 
 /// The contents of a disk as borg writes them.
@@ -54,7 +61,7 @@ struct Stream {
 
 impl Reader {
     pub(super) fn new(borg: Borg, name: ArchiveName) -> Self {
-        Self { borg, name, kept: Mutex::default(), streams: Mutex::default() }
+        Self { borg, name, kept: Mutex::default(), streams: Mutex::default(), starting: Mutex::default() }
     }
 
     fn damaged(&self, what: impl std::fmt::Display) -> ProviderError {
@@ -78,6 +85,7 @@ impl Reader {
     /// What the patterns match, in the archive's order; `path` is for messages.
     fn extract_all(&self, path: &str, patterns: Vec<String>, limit: u64) -> Result<Vec<u8>, ProviderError> {
         let what = format!("`{path}` of archive {}", self.name);
+        let _starting = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
         let finished = self.start(patterns)?.finish(&format!("borg extract {path}"), limit)?;
         if !finished.ran() {
             return Err(finished.error(&format!("{what} cannot be read")));
@@ -140,8 +148,14 @@ impl Reader {
         let table = self.checked_table(entry, layer)?;
         let mut segments: Vec<(u64, u64)> = Vec::with_capacity(table.records().len());
         segments.extend(table.records().iter().filter_map(|r| Some((r.index, len.range(r.index, entry.size)?.1))));
+        let starting = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
         let mut running = self.start(vec![format!("pp:{DISKS}/{name}")])?;
         let output = running.take_output().map(|output| (running, output));
+        if let Some((_, output)) = &output {
+            // It has the lock by then. What is wrong is seen by who reads.
+            let _ = poll(&mut [PollFd::new(output.as_fd(), PollFlags::POLLIN)], PATIENCE);
+        }
+        drop(starting);
         let stream =
             Stream { layer, segments, next: 0, early: HashMap::new(), early_bytes: 0, beside: HashMap::new(), output };
         let stream = Arc::new(Mutex::new(stream));
@@ -165,8 +179,13 @@ impl Reader {
             let wanted: Vec<(u64, u64)> = rest.copied().collect();
             if wanted.first() == Some(&(index, len)) { wanted } else { vec![(index, len)] }
         };
-        // Archives of other versions have other directories.
-        let patterns = wanted.iter().map(|(index, _)| format!("sh:{DISKS}/{name}/*/{}", segment_name(*index)));
+        let pattern = |index: u64| match wanted.len() {
+            // Archives of earlier versions have other directories.
+            1 => format!("sh:{DISKS}/{name}/*/{}", segment_name(index)),
+            // Every other kind is compared with every file of the archive.
+            _ => format!("pf:{}", segment_path(name, index)),
+        };
+        let patterns = wanted.iter().map(|(index, _)| pattern(*index));
         let total = wanted.iter().map(|(_, len)| len).sum();
         let mut bytes = Bytes::from(self.extract_all(&segment_path(name, index), patterns.collect(), total)?);
         if bytes.len() as u64 != total {
