@@ -83,7 +83,14 @@ impl Access {
     }
 
     fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id() as i32), signal).expect("it lives");
+        let pid = self.child.id() as i32;
+        kill(Pid::from_raw(pid), signal).expect("it lives");
+        // Its threads do not stop at once.
+        let stopped = |task: procfs::process::Task| task.stat().is_ok_and(|stat| stat.state == 'T');
+        let threads = || procfs::process::Process::new(pid).and_then(|process| process.tasks()).expect("it lives");
+        while signal == Signal::SIGSTOP && !threads().flatten().all(stopped) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     async fn connect(&self) -> Client {

@@ -1,6 +1,6 @@
 //! Archives as files: what other programs make of them, and what is left when the server dies.
 
-use crate::rig::{Bus, DiskSpec, Format, Io, Kind, MIB, Site, Style, VmBuilder, borg, make_ext4, no_files_left};
+use crate::rig::{Bus, DiskSpec, Format, Io, Kind, MIB, Site, Style, VmBuilder, borg, make_ext4, no_files_left, stop};
 use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount as mount_device, umount2},
@@ -289,7 +289,7 @@ fn a_server_that_hangs_does_not_keep_its_mount() {
     let dir = mount_point(&site);
     let Some(mut served) = mount(&site, &dir) else { return };
     let open = open_direct(&served.file("scsi0"));
-    served.signal(Signal::SIGSTOP);
+    stop(i32::try_from(served.child.id()).unwrap());
     let reader = thread::spawn(move || read_direct(&open, 5 * MIB, 4096).is_err());
     thread::sleep(Duration::from_millis(300));
     assert!(!reader.is_finished(), "nobody answers");

@@ -47,6 +47,7 @@ pub use leftovers::{BitmapInfo, BitmapRule, BlockState, no_files_left, processes
 pub use load::{Load, LoadPlan, LoadReport, Random};
 pub use nbd_proxy::{NbdFault, NbdField, NbdProxy};
 pub use oracle::{Change, FirstDifference, Torn};
+pub use process::stop;
 pub use program::{Program, Run};
 pub use proxmox_root::ProxmoxRoot;
 pub use proxmox_standin::StandIn;

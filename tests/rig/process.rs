@@ -1,11 +1,16 @@
 //! QEMU processes that do not outlive the test.
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use std::{
-    io,
+    fs, io,
     path::PathBuf,
     process::{Child, Command},
     sync::{Mutex, OnceLock, mpsc},
     thread,
+    time::{Duration, Instant},
 };
 
 type Order = (Command, mpsc::Sender<io::Result<Child>>);
@@ -29,6 +34,24 @@ fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
     let (sender, receiver) = mpsc::channel();
     orders.lock().unwrap().send((command, sender)).expect("the spawner lives");
     receiver.recv().expect("the spawner answers")
+}
+
+/// Stops a process, and waits until it has: its threads do not stop at once.
+pub fn stop(pid: i32) {
+    kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("it lives");
+    let stopped = || {
+        let mut threads = fs::read_dir(format!("/proc/{pid}/task")).expect("it lives").flatten();
+        threads.all(|thread| {
+            // A thread that has ended is not there any more.
+            let Ok(stat) = fs::read_to_string(thread.path().join("stat")) else { return true };
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+        })
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !stopped() {
+        assert!(Instant::now() < deadline, "process {pid} does not stop");
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// A child process that is killed when dropped, and when the test process dies.

@@ -1,7 +1,7 @@
 //! Accesses by hand as files.
 
 use super::{DISKS, access, map, set_up, site, status, tear_down};
-use crate::rig::{Kind, LoadPlan, MIB, Run, Site, no_files_left, processes_about};
+use crate::rig::{Kind, LoadPlan, MIB, Run, Site, no_files_left, processes_about, stop};
 use nix::{
     errno::Errno,
     fcntl::{FallocateFlags, fallocate},
@@ -419,7 +419,7 @@ fn a_server_in_the_foreground_ends_with_its_signal_and_leaves_the_access() {
     assert_eq!((&standing["state"], &standing["mounts"]), (&json!("by-hand"), &json!([])));
     // A server that does not answer does not keep the access.
     let (dir, told) = mount(&site, "images", &[]);
-    kill(Pid::from_raw(pid(&told)), Signal::SIGSTOP).unwrap();
+    stop(pid(&told));
     set_up(&site, &[]).code(11);
     tear_down(&site, &[]).ok();
     assert!(!is_mounted(&dir) && !lives(pid(&told)));
