@@ -1,7 +1,7 @@
 //! What an archive says about itself: JSON, versioned.
 
 use super::ArchiveName;
-use crate::segment::SegmentLen;
+use crate::segment::{SegmentLen, SegmentTable};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -99,6 +99,14 @@ pub struct FineEntry {
     pub segments: u64,
     /// Hex BLAKE3 of their table, as [`DiskEntry::digest`].
     pub digest: String,
+}
+
+impl FineEntry {
+    /// The entry of these; `None` for none.
+    pub fn of(table: &SegmentTable) -> Option<Self> {
+        let segments = table.records().len() as u64;
+        (segments > 0).then(|| Self { segments, digest: table.digest_hex() })
+    }
 }
 
 /// A disk of the guest that is not in the archive.

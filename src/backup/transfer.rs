@@ -286,13 +286,13 @@ impl Transfer<'_> {
             DiskReader::new(source, settings, self.events.clone(), stop.clone(), failed.clone(), discards.clone())
         };
         // Behind a layer that has nothing to be read nobody asks for its end.
-        let changed = Box::new(read(len, segments.clone(), untouched, expected_fine.is_empty()));
-        let fine = fine.as_ref().map(|(content, kept)| FineInput {
-            base: kept.clone(),
+        let changed = Box::new(read(len, segments, untouched, expected_fine.is_empty()));
+        let fine = fine.map(|(content, kept)| FineInput {
+            base: kept,
             changed: if expected_fine.is_empty() {
                 Box::new(std::iter::empty())
             } else {
-                Box::new(read(SegmentLen::FINE, content.clone(), Vec::new(), true))
+                Box::new(read(SegmentLen::FINE, content, Vec::new(), true))
             },
             expected: expected_fine,
         });
@@ -349,13 +349,10 @@ impl Transfer<'_> {
             })
             .collect();
         Box::new(move |tables| {
-            let digest = |table: &SegmentTable| blake3::Hash::from_bytes(table.digest()).to_hex().to_string();
             let entries = facts.into_iter().zip(tables).map(|((entry, len, counters), tables)| DiskEntry {
                 data_bytes: tables.data_bytes(len, entry.size),
-                digest: digest(&tables.segments),
-                fine: Some(tables.fine.records().len() as u64)
-                    .filter(|segments| *segments > 0)
-                    .map(|segments| FineEntry { segments, digest: digest(&tables.fine) }),
+                digest: tables.segments.digest_hex(),
+                fine: FineEntry::of(&tables.fine),
                 read_bytes: counters.read.load(Ordering::Relaxed),
                 ..entry
             });

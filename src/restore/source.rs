@@ -222,10 +222,10 @@ fn read_table(
     }
     let table = SegmentTable::from_bytes(&bytes, len, entry.size)
         .map_err(|source| RestoreError::Table { disk: disk(), source })?;
-    let found = blake3::Hash::from_bytes(table.digest()).to_hex();
-    if found.as_str() != digest {
+    let found = table.digest_hex();
+    if found != digest {
         let expected = digest.chars().take(64).collect();
-        return Err(RestoreError::TableDigest { disk: disk(), expected, found: found.to_string() });
+        return Err(RestoreError::TableDigest { disk: disk(), expected, found });
     }
     Ok(table)
 }

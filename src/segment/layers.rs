@@ -33,6 +33,14 @@ impl Layer {
         }
     }
 
+    /// How long its segments are, where the disk's are `segment_len` long.
+    pub fn len(self, segment_len: SegmentLen) -> SegmentLen {
+        match self {
+            Self::Segments => segment_len,
+            Self::Fine => SegmentLen::FINE,
+        }
+    }
+
     /// The layer with this name, and the disk that it is of.
     pub fn of(name: &str) -> (Self, &str) {
         name.strip_suffix(FINE_SUFFIX).map_or((Self::Segments, name), |disk| (Self::Fine, disk))

@@ -91,6 +91,11 @@ impl SegmentTable {
         *hasher.finalize().as_bytes()
     }
 
+    /// [`SegmentTable::digest`] as manifests have it.
+    pub fn digest_hex(&self) -> String {
+        blake3::Hash::from_bytes(self.digest()).to_hex().to_string()
+    }
+
     /// Bytes that the stored segments have on a disk of `size` bytes.
     pub fn data_bytes(&self, len: SegmentLen, size: u64) -> u64 {
         self.records.iter().filter_map(|r| len.range(r.index, size)).map(|(_, bytes)| bytes).sum()

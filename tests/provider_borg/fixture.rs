@@ -266,11 +266,7 @@ impl Fixture {
         let reader = self.provider.open(archive).unwrap();
         let manifest = Manifest::from_bytes(&reader.member("manifest.json", 1 << 20).unwrap()).unwrap();
         let table = SegmentTable::from_bytes(&reader.table(name, 1 << 20).unwrap(), segment_len(), SIZE).unwrap();
-        assert_eq!(
-            blake3::Hash::from_bytes(table.digest()).to_hex().as_str(),
-            manifest.disk(name).expect("disk").digest,
-            "table and manifest belong together"
-        );
+        assert_eq!(table.digest_hex(), manifest.disk(name).expect("disk").digest, "table and manifest belong together");
         let segment = |index: u64, digest: [u8; 32]| {
             let len = segment_len().range(index, SIZE).unwrap().1;
             let bytes = reader.segment(name, index, len).unwrap();
@@ -298,17 +294,14 @@ pub fn manifest(
     shapes: &[(String, u64, SegmentLen)],
     tables: &[DiskTables],
 ) -> Manifest {
-    let digest = |table: &SegmentTable| blake3::Hash::from_bytes(table.digest()).to_hex().to_string();
     let disks = shapes.iter().zip(tables).map(|((name, size, len), tables)| DiskEntry {
         name: name.clone(),
         device: format!("drive-{name}"),
         size: *size,
         segment_len: len.bytes(),
         data_bytes: tables.data_bytes(*len, *size),
-        fine: Some(tables.fine.records().len() as u64)
-            .filter(|segments| *segments > 0)
-            .map(|segments| FineEntry { segments, digest: digest(&tables.fine) }),
-        digest: digest(&tables.segments),
+        fine: FineEntry::of(&tables.fine),
+        digest: tables.segments.digest_hex(),
         bitmap_action: "new".into(),
         reason: "test".into(),
         generation: None,

@@ -54,6 +54,55 @@ fn a_kept_segment_table_that_is_lost_or_spoilt_is_read_from_the_archive() {
     assert_eq!(f.use_base(&archive, "scsi0").1, table);
 }
 
+/// Earlier versions had 256 segments in a directory of the view, and did not note that.
+#[test]
+fn archives_with_other_directories_are_read_and_are_no_base() {
+    let Some(mut f) = Fixture::new() else { return };
+    let content: Content = (0..701).step_by(3).map(|i| (i, segment_bytes(1, i))).collect();
+    let first = f.backup(vec![Disk::full("scsi0", &content)]).unwrap().id;
+    // The same archive, as such a version would have made it.
+    let (repository, tree) = (f.repository().display().to_string(), f.dir.path().join("tree"));
+    fs::create_dir(&tree).unwrap();
+    let script = r#"
+        borg extract "$R::$A" && cd disks/scsi0 && mkdir ../all && mv */* ../all && rmdir * && for file in ../all/*; do
+            index=$((0x${file##*/})) && directory=$(printf %06x $((index / 256))) && mkdir -p $directory && mv $file $directory
+        done && cd ../.. && rmdir disks/all && borg delete "$R::$A" &&
+        { echo firewall.conf; echo guest.conf; find disks -type f | LC_ALL=C sort; echo manifest.json; } |
+        borg create --paths-from-stdin "$R::$A"
+    "#;
+    let output = Command::new("sh")
+        .args(["-euc", script])
+        .current_dir(&tree)
+        .env("PATH", path_with_borg())
+        .env("R", &repository)
+        .env("A", &f.names()[0])
+        .env("BORG_BASE_DIR", f.dir.path().join("user"))
+        .env("BORG_PASSPHRASE", "correct horse")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(tree.join("disks/scsi0/000002").is_dir() && !tree.join("disks/scsi0/000003").exists());
+    let second = f.provider.list(None).unwrap().remove(0).id;
+    assert_ne!(first, second);
+    assert!(f.restored(&second, "scsi0") == content);
+    let reader = f.provider.open(&second).unwrap();
+    for index in [699, 0, 300, 3] {
+        assert!(reader.segment("scsi0", index, LEN).unwrap() == content[&index], "{index}, out of order");
+    }
+
+    let known = f.options.directory.join("known/100.json");
+    let mut noted: serde_json::Value = serde_json::from_slice(&fs::read(&known).unwrap()).unwrap();
+    noted["disks"]["scsi0"]["archive"] = second.0.clone().into();
+    fs::write(&known, noted.to_string()).unwrap();
+    f.use_base(&second, "scsi0");
+    noted.as_object_mut().unwrap().remove("shard_bits").unwrap();
+    fs::write(&known, noted.to_string()).unwrap();
+    assert!(f.refused(&second, "scsi0").contains("directories of an earlier version"));
+    let third = f.backup(vec![Disk::full("scsi0", &content)]).unwrap().id;
+    f.use_base(&third, "scsi0");
+    assert!(f.restored(&third, "scsi0") == content);
+}
+
 #[test]
 fn an_archive_that_was_deleted_or_is_of_another_repository_is_no_base() {
     let Some(mut f) = Fixture::new() else { return };

@@ -221,7 +221,7 @@ pub fn manifest(archive: ArchiveName, instant: Timestamp, names: &[String], tabl
         segment_len: LEN,
         data_bytes: tables.segments.data_bytes(segment_len(), SIZE),
         fine: None,
-        digest: blake3::Hash::from_bytes(tables.segments.digest()).to_hex().to_string(),
+        digest: tables.segments.digest_hex(),
         bitmap_action: "new".into(),
         reason: "test".into(),
         generation: None,
@@ -244,11 +244,7 @@ pub fn manifest(archive: ArchiveName, instant: Timestamp, names: &[String], tabl
 pub fn restored(reader: &dyn ArchiveReader, name: &str) -> Content {
     let manifest = Manifest::from_bytes(&reader.member("manifest.json", 1 << 20).unwrap()).unwrap();
     let table = SegmentTable::from_bytes(&reader.table(name, 1 << 20).unwrap(), segment_len(), SIZE).unwrap();
-    assert_eq!(
-        blake3::Hash::from_bytes(table.digest()).to_hex().as_str(),
-        manifest.disk(name).expect("disk").digest,
-        "table and manifest belong together"
-    );
+    assert_eq!(table.digest_hex(), manifest.disk(name).expect("disk").digest, "table and manifest belong together");
     let segment = |index: u64, digest: [u8; 32]| {
         let len = segment_len().range(index, SIZE).unwrap().1;
         let bytes = reader.segment(name, index, len).unwrap();

@@ -4,8 +4,9 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use procfs::process::Process;
 use std::{
-    fs, io,
+    io,
     path::PathBuf,
     process::{Child, Command},
     sync::{Mutex, OnceLock, mpsc},
@@ -40,12 +41,8 @@ fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
 pub fn stop(pid: i32) {
     kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("it lives");
     let stopped = || {
-        let mut threads = fs::read_dir(format!("/proc/{pid}/task")).expect("it lives").flatten();
-        threads.all(|thread| {
-            // A thread that has ended is not there any more.
-            let Ok(stat) = fs::read_to_string(thread.path().join("stat")) else { return true };
-            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
-        })
+        let mut threads = Process::new(pid).and_then(|process| process.tasks()).expect("it lives").flatten();
+        threads.all(|thread| thread.stat().is_ok_and(|stat| stat.state == 'T'))
     };
     let deadline = Instant::now() + Duration::from_secs(20);
     while !stopped() {

@@ -37,7 +37,7 @@ pub const MANIFEST: &str = "manifest.json";
 /// Name of the directory of all disks.
 pub const DISKS: &str = "disks";
 /// Bits of a segment's index that count inside one directory.
-const SHARD_BITS: u32 = 12;
+pub const SHARD_BITS: u32 = 12;
 /// Most segments of a disk: with more, directory names of six digits would no longer sort like numbers.
 pub const MAX_SEGMENTS: u64 = 1 << 32;
 /// Most disks, each with its layers.

@@ -47,7 +47,7 @@ use super::{
 use crate::{
     archive::{ArchiveId, ArchiveName},
     config::create_private_dir,
-    fuse::{Mount, mounts},
+    fuse::{Mount, mounts, segments::SHARD_BITS},
     report::{Events, spelled_out},
     segment::{DiskTables, layers::Layer},
 };
@@ -233,6 +233,9 @@ impl BorgProvider {
         let view = options.view(guest);
         if known.view != view {
             return Err(format!("borg's files cache knows the disks in another place than {}", view.display()));
+        }
+        if known.shard_bits != SHARD_BITS {
+            return Err("borg's files cache knows the segments in the directories of an earlier version".into());
         }
         if !options.cache().join(&listing.repository.id).join(store::files_cache(guest)).is_file() {
             return Err("borg's files cache is gone".into());

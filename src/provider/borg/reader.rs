@@ -13,7 +13,7 @@ use crate::{
     archive::{ArchiveName, DiskEntry, Manifest},
     fuse::segments::{DISKS, MANIFEST, segment_name, segment_path, table_path},
     provider::{ArchiveReader, ErrorKind, ProviderError},
-    segment::{SegmentLen, SegmentTable, layers::Layer},
+    segment::{SegmentTable, layers::Layer},
 };
 use bytes::Bytes;
 use nix::poll::{PollFd, PollFlags, poll};
@@ -118,15 +118,16 @@ impl Reader {
     /// The segment table of a layer of a disk, compared with the manifest.
     pub(super) fn checked_table(&self, entry: &DiskEntry, layer: Layer) -> Result<SegmentTable, ProviderError> {
         let wrong = |e: &dyn std::error::Error| self.damaged(format!("disk `{}`: {e}", entry.name));
-        let (len, digest) = match (layer, &entry.fine) {
-            (Layer::Segments, _) => (entry.segments().map_err(|e| wrong(&e))?, &entry.digest),
-            (Layer::Fine, Some(fine)) => (SegmentLen::FINE, &fine.digest),
+        let digest = match (layer, &entry.fine) {
+            (Layer::Segments, _) => &entry.digest,
+            (Layer::Fine, Some(fine)) => &fine.digest,
             (Layer::Fine, None) => return Ok(SegmentTable::new()),
         };
+        let len = layer.len(entry.segments().map_err(|e| wrong(&e))?);
         let name = layer.name(&entry.name);
         let bytes = self.kept(&table_path(&name), SegmentTable::longest(len, entry.size))?;
         let table = SegmentTable::from_bytes(&bytes, len, entry.size).map_err(|e| wrong(&e))?;
-        if blake3::Hash::from_bytes(table.digest()).to_hex().as_str() != digest {
+        if table.digest_hex() != *digest {
             return Err(self.damaged(format!("the segment table of disk `{name}` does not belong to the manifest")));
         }
         Ok(table)
@@ -141,10 +142,7 @@ impl Reader {
         let manifest = self.manifest()?;
         let (layer, disk) = Layer::of(name);
         let entry = manifest.disk(disk).ok_or_else(|| self.damaged(format!("it has no disk `{disk}`")))?;
-        let len = match layer {
-            Layer::Segments => entry.segments().map_err(|e| self.damaged(e))?,
-            Layer::Fine => SegmentLen::FINE,
-        };
+        let len = layer.len(entry.segments().map_err(|e| self.damaged(e))?);
         let table = self.checked_table(entry, layer)?;
         let mut segments: Vec<(u64, u64)> = Vec::with_capacity(table.records().len());
         segments.extend(table.records().iter().filter_map(|r| Some((r.index, len.range(r.index, entry.size)?.1))));

@@ -12,7 +12,9 @@ use crate::{
     config::create_private_dir,
     fuse::{
         LARGEST_REQUEST, Mount, MountOptions,
-        segments::{DiskPlan, MANIFEST, MAX_DISKS, MAX_SEGMENTS, Seen, SeenTable, SegmentView, ViewFailure},
+        segments::{
+            DiskPlan, MANIFEST, MAX_DISKS, MAX_SEGMENTS, SHARD_BITS, Seen, SeenTable, SegmentView, ViewFailure,
+        },
     },
     provider::{BackupInput, DiskInput, DiskQuery, ErrorKind, FineInput, ProviderError, Stored},
     segment::{DiskTables, SegmentLen, SegmentRecord, SegmentTable, layers::Layer},
@@ -38,6 +40,9 @@ pub(super) struct Known {
     /// Where the view was mounted; borg knows files by their whole path.
     #[serde(default)]
     pub(super) view: PathBuf,
+    /// The view's [`SHARD_BITS`]; 0 for those of versions that did not note it.
+    #[serde(default)]
+    pub(super) shard_bits: u32,
     /// The last archive of every disk.
     pub(super) disks: BTreeMap<String, KnownDisk>,
 }
@@ -166,8 +171,8 @@ impl BorgProvider {
         let options = self.borg.options();
         let mut known = Known::load(options, &guest);
         let view = options.view(&guest);
-        if known.repository != repository || known.view != view {
-            known = Known { repository, view, disks: BTreeMap::new() };
+        if known.repository != repository || known.view != view || known.shard_bits != SHARD_BITS {
+            known = Known { repository, view, shard_bits: SHARD_BITS, disks: BTreeMap::new() };
         }
         for table in &tables {
             known.learn(options, &guest, table, &id);

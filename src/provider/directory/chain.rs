@@ -259,7 +259,7 @@ pub(super) fn table(archive: &Dir, entry: &DiskEntry, len: SegmentLen) -> Result
     let table = SegmentTable::from_bytes(&bytes, len, entry.size).map_err(|e| {
         ProviderError::caused_by(ErrorKind::Damaged, format!("segment table {} cannot be used", at.display()), e)
     })?;
-    if blake3::Hash::from_bytes(table.digest()).to_hex().as_str() != entry.digest {
+    if table.digest_hex() != entry.digest {
         return Err(damaged(format!("segment table {} does not belong to its manifest", at.display())));
     }
     Ok(table)

@@ -202,7 +202,7 @@ impl ResticProvider {
         let bytes = read(verify::child(&disks, &layout::table_name(name)), "segment table", limit)?;
         let table = SegmentTable::from_bytes(&bytes, query.segment_len, query.size)
             .map_err(|e| gap(format!("the base archive's {e}")))?;
-        if blake3::Hash::from_bytes(table.digest()).to_hex().as_str() != entry.digest {
+        if table.digest_hex() != entry.digest {
             return Err(gap("the base archive's segment table does not belong to its manifest".into()));
         }
         let directory =

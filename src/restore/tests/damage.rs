@@ -104,7 +104,7 @@ fn hostile_tables_and_members_are_refused_before_anything_is_written() {
     let mut behind = SegmentTable::new();
     behind.push(SegmentRecord { index: 8, stored_at: 0, digest: [0; 32] }).expect("first");
     let mut memory = archive();
-    memory.manifest.disks[0].digest = blake3::Hash::from_bytes(behind.digest()).to_hex().to_string();
+    memory.manifest.disks[0].digest = behind.digest_hex();
     memory.manifest.disks[0].data_bytes = 0;
     memory.tables.insert("scsi0".into(), behind.to_bytes());
     let error = fails(memory, ImageFormat::Raw);
@@ -151,7 +151,7 @@ fn a_disk_of_an_impossible_size_is_an_error_at_once() {
         let empty = SegmentTable::new();
         let entry = &mut memory.manifest.disks[0];
         (entry.size, entry.data_bytes) = (size, 0);
-        entry.digest = blake3::Hash::from_bytes(empty.digest()).to_hex().to_string();
+        entry.digest = empty.digest_hex();
         memory.tables.insert("scsi0".into(), empty.to_bytes());
         let error = fails(memory, format);
         assert_eq!(error.kind(), RestoreErrorKind::Io, "{error}");

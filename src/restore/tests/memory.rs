@@ -91,7 +91,7 @@ impl Memory {
                 segment_len: len.bytes(),
                 data_bytes: table.data_bytes(len, size),
                 fine: None,
-                digest: blake3::Hash::from_bytes(table.digest()).to_hex().to_string(),
+                digest: table.digest_hex(),
                 bitmap_action: "new".into(),
                 reason: "first backup".into(),
                 generation: None,
@@ -116,8 +116,7 @@ impl Memory {
         }
         let entry = self.manifest.disks.iter_mut().find(|d| d.name == now.name).expect("in the archive");
         entry.data_bytes = tables.data_bytes(len, size);
-        let digest = blake3::Hash::from_bytes(tables.fine.digest()).to_hex().to_string();
-        entry.fine = Some(FineEntry { segments: indices.len() as u64, digest });
+        entry.fine = FineEntry::of(&tables.fine);
         self.tables.insert(name, tables.fine.to_bytes());
         let disks = self.manifest.disks.clone();
         self.manifest = self.manifest.with_disks(disks);
@@ -140,7 +139,7 @@ impl Memory {
         let entry = self.manifest.disks.iter_mut().find(|d| d.name == disk).expect("in the archive");
         entry.size = size;
         entry.data_bytes = table.data_bytes(len, size);
-        entry.digest = blake3::Hash::from_bytes(table.digest()).to_hex().to_string();
+        entry.digest = table.digest_hex();
         self.tables.insert(disk.to_owned(), table.to_bytes());
     }
 
