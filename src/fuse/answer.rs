@@ -2,10 +2,10 @@
 
 use super::{
     ahead::Turn,
-    device::Device,
+    device::{Device, head},
     image::{Image, ImageError, ViewOptions},
 };
-use crate::report::Events;
+use crate::{nbd::Pipe, report::Events};
 use fuser::{Errno, ReplyData};
 use std::{
     fmt::{self, Display, Write},
@@ -90,6 +90,12 @@ impl Reply {
 }
 
 impl DeviceReply {
+    fn pour(&mut self, pipe: &mut Pipe) {
+        if let Some(unique) = self.unique.take() {
+            self.device.pour(unique, pipe);
+        }
+    }
+
     fn give(&mut self, answer: Result<&[&[u8]], Errno>) {
         if let Some(unique) = self.unique.take() {
             self.device.answer(unique, answer);
@@ -120,6 +126,23 @@ impl ReadAnswer {
     pub(super) fn data(self, bytes: &[u8]) {
         drop(self.turn);
         self.reply.data(bytes);
+    }
+
+    /// What the kernel wants before the bytes, if they are to come through a pipe. Nothing where that is not possible.
+    pub(super) fn head(&self) -> Option<Vec<u8>> {
+        match self.reply {
+            Reply::Device(DeviceReply { unique: Some(unique), .. }) => Some(head(unique, 0, self.len).into()),
+            _ => None,
+        }
+    }
+
+    /// Here they are, behind their head.
+    pub(super) fn piped(self, pipe: &mut Pipe) {
+        drop(self.turn);
+        match self.reply {
+            Reply::Device(mut reply) => reply.pour(pipe),
+            Reply::Fuser(reply) => reply.error(Errno::EIO),
+        }
     }
 
     /// Here they are, in several places.

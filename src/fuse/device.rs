@@ -1,5 +1,6 @@
 //! The kernel's end of a mount, for what does not go through fuser. Layouts are those of `linux/fuse.h`, in the machine's byte order.
 
+use crate::nbd::Pipe;
 use fuser::Errno;
 use nix::{
     errno,
@@ -93,6 +94,15 @@ fn request(opcode: u32, unique: u64, payload: usize) -> Vec<u8> {
     message
 }
 
+/// What comes before the `len` bytes of an answer.
+pub(super) fn head(unique: u64, error: i32, len: usize) -> [u8; ANSWER] {
+    let mut head = [0; ANSWER];
+    head[..4].copy_from_slice(&((ANSWER + len) as u32).to_ne_bytes());
+    head[4..8].copy_from_slice(&error.to_ne_bytes());
+    head[8..].copy_from_slice(&unique.to_ne_bytes());
+    head
+}
+
 /// Which request an answer is to.
 pub(super) fn answered(answer: &[u8]) -> u64 {
     u64_at(answer, 8)
@@ -128,13 +138,17 @@ impl Device {
             Ok(parts) => (0, parts),
             Err(error) => (-i32::from(error), &[][..]),
         };
-        let len = ANSWER + parts.iter().map(|part| part.len()).sum::<usize>();
-        let mut header = [0; ANSWER];
-        header[..4].copy_from_slice(&(len as u32).to_ne_bytes());
-        header[4..8].copy_from_slice(&error.to_ne_bytes());
-        header[8..].copy_from_slice(&unique.to_ne_bytes());
-        let whole: Vec<_> = [&header[..]].iter().chain(parts).map(|part| IoSlice::new(part)).collect();
+        let head = head(unique, error, parts.iter().map(|part| part.len()).sum());
+        let whole: Vec<_> = [&head[..]].iter().chain(parts).map(|part| IoSlice::new(part)).collect();
         let _ = writev(&self.0, &whole);
+    }
+
+    /// Answers a request with what a pipe holds: its [`head`] and the bytes.
+    pub fn pour(&self, unique: u64, pipe: &mut Pipe) {
+        // Whoever is not there any more hears neither of them.
+        if pipe.pour(self).is_err() {
+            self.answer(unique, Err(Errno::EIO));
+        }
     }
 
     /// Hands on an answer as somebody else made it.

@@ -12,7 +12,7 @@ use super::{
     mounts,
     session::LARGEST_REQUEST,
 };
-use crate::nbd::Lane;
+use crate::nbd::{Brought, Lane};
 use fuser::Errno;
 use nix::{
     errno,
@@ -20,7 +20,6 @@ use nix::{
     sys::socket::{MsgFlags, recv, send},
 };
 use std::{
-    borrow::Cow,
     collections::HashMap,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::Arc,
@@ -34,6 +33,9 @@ const AT_ONCE: usize = 16;
 /// QEMU works on so many requests of one connection at a time. A connection that has less to do gets the next one: the more requests
 /// meet in one, the fewer times both sides wake up.
 const SERVED_AT_ONCE: usize = 16;
+
+/// From so many bytes on an answer is worth the steps that leading it past us takes.
+const LONG: usize = 32 << 10;
 
 /// How often a thread that never waits looks for reads that have waited too long.
 const LOOK: Duration = Duration::from_millis(100);
@@ -79,9 +81,28 @@ impl Lanes {
         }
     }
 
+    /// As [`Lanes::ask`], for what the kernel reads ahead: a long answer goes to it without a copy of ours. The last connection has
+    /// these.
+    fn ask_piped(&mut self, answer: ReadAnswer) -> Result<(), ReadAnswer> {
+        let len = answer.len as u64;
+        if answer.len < LONG || answer.image.span(answer.offset, len) != Some(Span::Data(len)) {
+            return self.ask(answer);
+        }
+        let head = answer.head();
+        let (Some(lane), Some(head)) = (self.last(), head) else { return Err(answer) };
+        match lane.ask_piped(answer.offset, answer.len, answer.begun, Wanted::Read(answer), head) {
+            Err(Wanted::Read(answer)) => Err(answer),
+            _ => Ok(()),
+        }
+    }
+
+    fn last(&mut self) -> Option<&mut Lane<Wanted>> {
+        self.0.iter_mut().rev().find(|lane| !lane.has_ended())
+    }
+
     /// Asks for as many bytes as `place` has. The last connection has these, as long as others live.
     pub fn ask_into(&mut self, offset: u64, place: Vec<u8>, begun: Instant, wanted: Wanted) -> Result<(), Wanted> {
-        match self.0.iter_mut().rev().find(|lane| !lane.has_ended()) {
+        match self.last() {
             Some(lane) => lane.ask_into(offset, place, begun, wanted),
             None => Err(wanted),
         }
@@ -92,11 +113,13 @@ impl Lanes {
 type Aheads = HashMap<u64, (usize, Ahead)>;
 
 /// Hands bytes to where they are wanted, or what failed to those who know what to make of failures.
-fn finish(wanted: Wanted, bytes: Option<Cow<'_, [u8]>>, aheads: &mut Aheads) {
-    match (wanted, bytes) {
-        (Wanted::Read(answer), Some(bytes)) => answer.data(&bytes),
-        (Wanted::Read(answer), None) => answer.by_task(),
-        (Wanted::Ahead(fetch), bytes) => {
+fn finish(wanted: Wanted, brought: Brought<'_>, aheads: &mut Aheads) {
+    match (wanted, brought) {
+        (Wanted::Read(answer), Brought::Bytes(bytes)) => answer.data(&bytes),
+        (Wanted::Read(answer), Brought::Piped(pipe)) => answer.piped(pipe),
+        (Wanted::Read(answer), Brought::Nothing) => answer.by_task(),
+        (Wanted::Ahead(fetch), brought) => {
+            let bytes = if let Brought::Bytes(bytes) = brought { Some(bytes) } else { None };
             if let Some((_, ahead)) = aheads.get_mut(&fetch.handle) {
                 ahead.came(fetch, bytes);
             }
@@ -234,12 +257,13 @@ impl Reads {
     fn read(&mut self, index: usize, handle: u64, answer: ReadAnswer) {
         let Some(lanes) = self.lanes.get_mut(index) else { return answer.by_task() };
         let left = if ImageView::kernel_reads_ahead(handle) {
-            Some(answer)
+            lanes.ask_piped(answer).err()
         } else {
             let new = || (index, Ahead::new(handle, answer.image.clone()));
-            self.aheads.entry(handle).or_insert_with(new).1.take(answer, lanes)
+            let left = self.aheads.entry(handle).or_insert_with(new).1.take(answer, lanes);
+            left.and_then(|answer| lanes.ask(answer).err())
         };
-        if let Some(answer) = left.and_then(|answer| lanes.ask(answer).err()) {
+        if let Some(answer) = left {
             answer.by_task();
         }
     }
@@ -309,7 +333,7 @@ impl Reads {
         for lane in self.lanes.iter_mut().flat_map(|lanes| &mut lanes.0) {
             lane.expire(now, patience, |wanted, is_late| match wanted {
                 Wanted::Read(answer) if is_late => answer.fail(&late),
-                wanted => finish(wanted, None, &mut self.aheads),
+                wanted => finish(wanted, Brought::Nothing, &mut self.aheads),
             });
         }
     }

@@ -1,14 +1,18 @@
 //! Lanes, against scripted servers.
 
 use super::{
-    Framing, Lane,
+    Brought, Framing, Lane,
     hostile_tests::chunks,
     scripted_server::{MIB, Offer, Server, options, pattern, with_both},
 };
 use crate::fuzzing::block_on;
 use proptest::prelude::*;
-use std::borrow::Cow;
-use std::time::{Duration, Instant};
+use std::{
+    borrow::Cow,
+    fs::File,
+    io::{Read, Seek},
+    time::{Duration, Instant},
+};
 use tokio::net::UnixStream;
 
 /// Offsets of reads with what came of them.
@@ -25,10 +29,30 @@ fn ask(lane: &mut Lane<u64>, offset: u64, len: usize) {
     assert!(lane.ask(offset, len, Instant::now(), offset).is_ok());
 }
 
+/// What a read brought, in memory. What is in the pipe has to be behind its head.
+fn taken(offset: u64, brought: Brought<'_>) -> Option<Vec<u8>> {
+    match brought {
+        Brought::Bytes(bytes) => Some(bytes.into_owned()),
+        Brought::Piped(pipe) => {
+            let mut file = tempfile::tempfile().unwrap();
+            pipe.pour(&file).unwrap();
+            Some(behind_head(&mut file, offset))
+        }
+        Brought::Nothing => None,
+    }
+}
+
+fn behind_head(file: &mut File, offset: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    file.rewind().unwrap();
+    file.read_to_end(&mut bytes).unwrap();
+    bytes.strip_prefix(&head(offset)[..]).expect("the head is in front").to_vec()
+}
+
 /// Everything that has come.
 fn receive(lane: &mut Lane<u64>) -> Done {
     let mut done = Done::new();
-    while lane.receive(|offset, bytes| done.push((offset, bytes.map(Cow::into_owned)))) {}
+    while lane.receive(|offset, brought| done.push((offset, taken(offset, brought)))) {}
     done
 }
 
@@ -202,16 +226,28 @@ fn ask_into(lane: &mut Lane<u64>, offset: u64, len: usize) -> *const u8 {
     address
 }
 
-/// The short ones are received where they are taken apart, the others where they belong.
+/// What is put before the bytes of a read.
+fn head(offset: u64) -> Vec<u8> {
+    format!("the read at {offset}: ").into()
+}
+
+fn ask_piped(lane: &mut Lane<u64>, offset: u64, len: usize) {
+    assert!(lane.ask_piped(offset, len, Instant::now(), offset, head(offset)).is_ok());
+}
+
+/// The short ones are received where they are taken apart, the others where they belong, or go through the pipe.
 #[test]
 fn replies_may_be_cut_anywhere() {
     with_both(async |offer| {
-        for (short, first_cut) in [(u64::MAX, 1), (4096, 1), (4096, 20), (4096, 28), (4096, 40), (0, 1)] {
+        let cuts = [(u64::MAX, 1), (4096, 1), (4096, 20), (4096, 28), (4096, 40), (0, 1)];
+        for ((short, first_cut), piped) in cuts.into_iter().flat_map(|cut| [(cut, false), (cut, true)]) {
             let (mut lane, mut server) = pair(&offer).await;
             let (mut bytes, mut expected, mut places) = (Vec::new(), Done::new(), Vec::new());
             for (number, len) in [1 << 20, 4096, 65536, 512, 1 << 20, 1, 70000, 70000].into_iter().enumerate() {
                 let offset = number as u64 * 2 * MIB;
-                if len > short {
+                if len > short && piped {
+                    ask_piped(&mut lane, offset, len as usize);
+                } else if len > short {
                     places.push((offset, ask_into(&mut lane, offset, len as usize)));
                 } else {
                     ask(&mut lane, offset, len as usize);
@@ -228,16 +264,16 @@ fn replies_may_be_cut_anywhere() {
             while !rest.is_empty() {
                 let (now, later) = rest.split_at(piece.min(rest.len()));
                 server.send(now).await;
-                while lane.receive(|offset, bytes| {
-                    if let Some(Cow::Owned(place)) = &bytes {
+                while lane.receive(|offset, brought| {
+                    if let Brought::Bytes(Cow::Owned(place)) = &brought {
                         addresses.push((offset, place.as_ptr()));
                     }
-                    done.push((offset, bytes.map(Cow::into_owned)));
+                    done.push((offset, taken(offset, brought)));
                 }) {}
                 (rest, piece) = (later, piece * 7 % 90_001);
             }
-            assert!(done == expected, "short is {short}, the first cut at {first_cut}");
-            assert_eq!(addresses, places, "none was copied");
+            assert!(done == expected, "short is {short}, the first cut at {first_cut}, piped {piped}");
+            assert!(piped || addresses == places, "none was copied");
         }
     });
 }
@@ -265,6 +301,120 @@ fn a_place_is_filled_by_pieces_and_given_back_only_when_it_is_full() {
         let mut done = receive(&mut lane);
         done.sort_unstable();
         assert_eq!(done, [(2 * MIB, None), (3 * MIB, None)], "the other half never came");
+        assert!(lane.has_ended());
+    });
+}
+
+/// How a read was answered, where its bytes went.
+#[derive(Debug, PartialEq)]
+enum Way {
+    Pipe,
+    Memory,
+}
+
+fn receive_ways(lane: &mut Lane<u64>) -> Vec<(Way, u64, Vec<u8>)> {
+    let mut done = Vec::new();
+    while lane.receive(|offset, brought| {
+        let way = if matches!(brought, Brought::Piped(_)) { Way::Pipe } else { Way::Memory };
+        done.push((way, offset, taken(offset, brought).expect("an answer")));
+    }) {}
+    done
+}
+
+#[test]
+fn an_answer_in_one_piece_goes_through_the_pipe() {
+    with_both(async |offer| {
+        let (mut lane, mut server) = pair(&offer).await;
+        ask_piped(&mut lane, 0, 98_304);
+        ask(&mut lane, MIB, 4096);
+        ask_piped(&mut lane, 2 * MIB, 98_304);
+        lane.send();
+        let (first, second, third) = (server.request().await, server.request().await, server.request().await);
+        server.data(&first, true, 0, 98_304).await;
+        server.data(&second, true, MIB, 4096).await;
+        // A hole in it: put together in memory.
+        server.data(&third, false, 2 * MIB, 65_536).await;
+        server.hole(&third, true, 2 * MIB + 65_536, 32_768).await;
+        let holey = [pattern(2 * MIB, 65_536), vec![0; 32_768]].concat();
+        let expected =
+            [(Way::Pipe, 0, pattern(0, 98_304)), (Way::Memory, MIB, pattern(MIB, 4096)), (Way::Memory, 2 * MIB, holey)];
+        assert!(receive_ways(&mut lane) == expected);
+        // Refused after the beginning, and before it.
+        for begun in [true, false] {
+            ask_piped(&mut lane, 0, 98_304);
+            lane.send();
+            let request = server.request().await;
+            if begun {
+                server.data(&request, false, 0, 65_536).await;
+            }
+            server.error(&request, true, 5, "bad luck").await;
+            assert_eq!(receive(&mut lane), [(0, None)]);
+        }
+    });
+}
+
+#[test]
+fn an_answer_in_more_parts_than_a_pipe_has_room_for_is_received_all_the_same() {
+    with_both(async |offer| {
+        let (mut lane, mut server) = pair(&offer).await;
+        for (round, parts) in [(0, 2000), (1, 1), (2, 2000), (3, 1)] {
+            let (offset, len) = (round * MIB, 98_304);
+            ask_piped(&mut lane, offset, len as usize);
+            lane.send();
+            let request = server.request().await;
+            server.send(&server.header(&request, true, 1, len + 8)).await;
+            server.send(&offset.to_be_bytes()).await;
+            let bytes = pattern(offset, len);
+            let mut done = Vec::new();
+            for (number, part) in bytes.chunks(bytes.len().div_ceil(parts)).enumerate() {
+                server.send(part).await;
+                // Not each, so that several are there at a time.
+                if number % 100 == 99 {
+                    done.extend(receive_ways(&mut lane));
+                }
+            }
+            done.extend(receive_ways(&mut lane));
+            let way = if parts == 1 { Way::Pipe } else { Way::Memory };
+            assert!(done == [(way, offset, bytes)], "round {round}");
+        }
+    });
+}
+
+#[test]
+fn what_nobody_takes_out_of_the_pipe_does_not_come_before_the_next_answer() {
+    with_both(async |offer| {
+        let (mut lane, mut server) = pair(&offer).await;
+        for offset in [0, MIB] {
+            ask_piped(&mut lane, offset, 98_304);
+        }
+        lane.send();
+        let (first, second) = (server.request().await, server.request().await);
+        server.data(&first, true, 0, 98_304).await;
+        let mut ignored = Vec::new();
+        while lane.receive(|offset, brought| ignored.push((offset, matches!(brought, Brought::Piped(_))))) {}
+        assert_eq!(ignored, [(0, true)]);
+        server.data(&second, true, MIB, 98_304).await;
+        assert!(receive(&mut lane) == [read(MIB, 98_304)]);
+    });
+}
+
+#[test]
+fn a_connection_that_ends_within_a_piped_answer_gives_all_back() {
+    with_both(async |offer| {
+        let (mut lane, mut server) = pair(&offer).await;
+        for offset in [0, MIB] {
+            ask_piped(&mut lane, offset, 98_304);
+        }
+        lane.send();
+        let first = server.request().await;
+        server.send(&server.header(&first, true, 1, 98_304 + 8)).await;
+        server.send(&0u64.to_be_bytes()).await;
+        server.send(&pattern(0, 50_000)).await;
+        assert!(receive(&mut lane).is_empty());
+        drop(server);
+        let mut done = receive(&mut lane);
+        done.sort_unstable();
+        assert_eq!(done, [(0, None), (MIB, None)]);
         assert!(lane.has_ended());
     });
 }
@@ -300,6 +450,7 @@ proptest! {
             ask(&mut lane, 0, 500);
             ask_into(&mut lane, 1000, 500);
             ask(&mut lane, 2000, 500);
+            ask_piped(&mut lane, 3000, 500);
             lane.send();
             server.send(&bytes).await;
             drop(server);
@@ -307,7 +458,7 @@ proptest! {
         });
         let mut offsets: Vec<_> = done.iter().map(|(offset, _)| *offset).collect();
         offsets.sort_unstable();
-        prop_assert_eq!(offsets, [0, 1000, 2000]);
+        prop_assert_eq!(offsets, [0, 1000, 2000, 3000]);
         prop_assert!(done.iter().flat_map(|(_, bytes)| bytes).all(|bytes| bytes.len() == 500));
     }
 }

@@ -20,6 +20,7 @@ pub(crate) mod fuzzing;
 mod handshake;
 mod lane;
 mod option;
+mod pipe;
 mod receive;
 mod wire;
 
@@ -39,5 +40,6 @@ pub use connection::MAX_IN_FLIGHT;
 pub use connections::Connections;
 pub use error::NbdError;
 pub use handshake::ExportInfo;
-pub use lane::Lane;
+pub use lane::{Brought, Lane};
+pub use pipe::Pipe;
 pub use wire::{Command, Framing, StatusExtent};

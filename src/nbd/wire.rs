@@ -78,6 +78,14 @@ pub enum Framing {
 }
 
 impl Framing {
+    /// Bytes before the data of a chunk: its header and an offset.
+    pub(super) fn data_header(self) -> usize {
+        match self {
+            Self::Compact => 20 + 8,
+            Self::Extended => MAX_HEADER + 8,
+        }
+    }
+
     /// The longest trim or block status, bytes. In compact form it ends at a multiple of 64 KiB, so that pieces of a long range
     /// stay aligned to every block size a server may insist on.
     pub(super) fn max_len(self) -> u64 {
