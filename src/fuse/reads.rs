@@ -216,7 +216,7 @@ impl Reads {
         }
         for lane in self.lanes.iter_mut().flat_map(|lanes| &mut lanes.0) {
             lane.send();
-            if lane.in_flight() > 0 && lane.receive(|wanted, bytes| finish(wanted, bytes, &mut self.aheads)) {
+            if lane.in_flight() > 0 && lane.receive(|wanted, brought| finish(wanted, brought, &mut self.aheads)) {
                 turn = Turn::Busy;
             }
         }
