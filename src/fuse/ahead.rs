@@ -161,6 +161,11 @@ impl Ahead {
         self.fetch(end, end, lanes);
     }
 
+    /// Whether something was fetched ahead, or is being.
+    pub fn is_in_use(&self) -> bool {
+        !self.pieces.is_empty()
+    }
+
     /// Whether the next read is about to come.
     pub fn expects_more(&self) -> bool {
         self.given.is_some_and(|given| given.elapsed() < SOON)
