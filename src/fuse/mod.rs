@@ -14,6 +14,7 @@ mod device;
 pub mod export;
 pub mod image;
 pub mod mounts;
+mod pace;
 mod ranges;
 mod reads;
 pub mod segments;

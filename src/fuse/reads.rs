@@ -4,8 +4,7 @@
 //! are there, has their requests sent together, and gives the kernel the bytes as they lie in the buffer of the NBD connection.
 //! What is read in order is fetched before it is asked for. Reads that are not that simple are answered by tasks.
 //!
-//! A server whose threads answer one read at a time would wake this thread for each, which costs both sides more than the read.
-//! While many are under way it is not woken up, but looks by itself again and again.
+//! Where being woken up for each answer costs more than the read, the thread looks by itself again and again ([`super::pace`]).
 
 use super::{
     ahead::{Ahead, Fetch},
@@ -13,6 +12,7 @@ use super::{
     device::{BESIDE_WRITE, Device, FAREWELL, Request, answered, farewell},
     image::{ImageError, ImageView, Span},
     mounts,
+    pace::{NAP, Pace},
     session::LARGEST_REQUEST,
 };
 use crate::nbd::{Brought, Lane};
@@ -45,12 +45,6 @@ const LONG: usize = 32 << 10;
 
 /// So many reads under way are many.
 const MANY: usize = 8;
-/// So many answers at a time are worth to be woken up for.
-const WORTH_WAKING: usize = 6;
-/// How long this thread then sleeps. With 20 µs what is won elsewhere was lost by waiting.
-const NAP: Duration = Duration::from_micros(8);
-/// After so long without an answer the server is waited for: its disk takes its time.
-const SLOW: Duration = Duration::from_micros(200);
 
 /// How often a thread that never waits looks for reads that have waited too long.
 const LOOK: Duration = Duration::from_millis(100);
@@ -142,24 +136,6 @@ fn finish(wanted: Wanted, brought: Brought<'_>, aheads: &mut Aheads) {
     }
 }
 
-/// How answers come from the servers.
-struct Pace {
-    last: Instant,
-    /// How many at a time lately, on average, in sixteenths.
-    at_a_time: usize,
-}
-
-impl Pace {
-    fn came(&mut self, count: usize, now: Instant) {
-        (self.last, self.at_a_time) = (now, (self.at_a_time * 15 + count * 16) / 16);
-    }
-
-    /// Whether the next ones are about to come, and few of them.
-    fn is_dripping(&self) -> bool {
-        self.at_a_time < WORTH_WAKING * 16 && self.last.elapsed() < SLOW
-    }
-}
-
 /// What serves one mount.
 pub(super) struct Reads {
     device: Arc<Device>,
@@ -193,8 +169,7 @@ impl Reads {
         let lanes = view.take_lanes();
         let several_processors = thread::available_parallelism().is_ok_and(|processors| processors.get() > 1);
         let (device, aheads, looked) = (Arc::new(device), HashMap::new(), Instant::now());
-        let pace = Pace { last: looked, at_a_time: 0 };
-        Self { device, fuser, view, lanes, aheads, pace, looked, several_processors }
+        Self { device, fuser, view, lanes, aheads, pace: Pace::new(looked), looked, several_processors }
     }
 
     /// Serves until nothing is mounted any more. When it cannot be served it is ended: `connection` is its number.
@@ -233,7 +208,7 @@ impl Reads {
         let lanes = || self.lanes.iter().flat_map(|lanes| &lanes.0);
         // Whoever reads in order can do nothing before his answer.
         let in_order = || self.aheads.values().any(|(_, ahead)| ahead.is_in_use());
-        self.pace.is_dripping() && lanes().map(Lane::in_flight).sum::<usize>() >= MANY && !in_order()
+        self.pace.naps(Instant::now()) && lanes().map(Lane::in_flight).sum::<usize>() >= MANY && !in_order()
     }
 
     /// Tells fuser that nothing is mounted any more. Without an answer to that it would only see a broken connection.
@@ -260,12 +235,14 @@ impl Reads {
             }
             turn = Turn::Busy;
         }
-        let mut came = 0;
+        let (mut answers, mut connections) = (0, 0);
         for lane in self.lanes.iter_mut().flat_map(|lanes| &mut lanes.0) {
             lane.send();
             let before = lane.in_flight();
             if before > 0 && lane.receive(|wanted, brought| finish(wanted, brought, &mut self.aheads)) {
-                came = came.max(before - lane.in_flight());
+                let answered = before - lane.in_flight();
+                answers += answered;
+                connections += usize::from(answered > 0);
                 turn = Turn::Busy;
             }
         }
@@ -278,8 +255,8 @@ impl Reads {
             turn = Turn::Busy;
         }
         let now = Instant::now();
-        if came > 0 {
-            self.pace.came(came, now);
+        if answers > 0 {
+            self.pace.came(answers, connections, now);
         }
         if now.duration_since(self.looked) >= LOOK {
             self.expire(now);
