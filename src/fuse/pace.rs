@@ -40,7 +40,7 @@ impl Pace {
         let until = if self.naps.is_some() { TERM } else { TRIAL };
         if now.duration_since(self.since) >= until {
             // 2 to 3 at a time with QEMU's threads, 4 to 6 with io_uring, 8 to 10 with nbdkit.
-            let few = 2 * self.answers < 7 * self.times;
+            let few = 2 * self.answers < 5 * self.times;
             self.naps = if self.naps.is_none() { Some(few) } else { None };
             (self.since, self.answers, self.times) = (now, 0, 0);
         }
