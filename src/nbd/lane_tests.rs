@@ -9,7 +9,6 @@ use crate::fuzzing::block_on;
 use proptest::prelude::*;
 use std::{
     borrow::Cow,
-    fs::File,
     io::{Read, Seek},
     time::{Duration, Instant},
 };
@@ -36,17 +35,13 @@ fn taken(offset: u64, brought: Brought<'_>) -> Option<Vec<u8>> {
         Brought::Piped(pipe) => {
             let mut file = tempfile::tempfile().unwrap();
             pipe.pour(&file).unwrap();
-            Some(behind_head(&mut file, offset))
+            let mut bytes = Vec::new();
+            file.rewind().unwrap();
+            file.read_to_end(&mut bytes).unwrap();
+            Some(bytes.strip_prefix(&head(offset)[..]).expect("the head is in front").to_vec())
         }
         Brought::Nothing => None,
     }
-}
-
-fn behind_head(file: &mut File, offset: u64) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    file.rewind().unwrap();
-    file.read_to_end(&mut bytes).unwrap();
-    bytes.strip_prefix(&head(offset)[..]).expect("the head is in front").to_vec()
 }
 
 /// Everything that has come.

@@ -57,8 +57,7 @@ impl Pipe {
     /// [`io::ErrorKind::WouldBlock`] when the socket has none, [`io::ErrorKind::StorageFull`] when the pipe takes none, and others of
     /// `splice(2)`.
     pub(super) fn fill(&mut self, socket: impl AsFd, len: usize) -> io::Result<usize> {
-        let mut tries = 0..2;
-        while tries.next().is_some() {
+        for _ in 0..2 {
             match splice(&socket, None, &self.input, None, len, SpliceFFlags::SPLICE_F_NONBLOCK) {
                 Ok(came) => {
                     self.held += came;
